@@ -1,0 +1,197 @@
+"""Architecture of the Llama 4 text decoder as data, in Hugging Face's field names (spec §1)."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from herd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """The llama3 rule: wavelengths beyond original_max / low are slowed down by `factor` (spec §2.2)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"rope_type": "llama3", **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """One decoder. Layers are local (RoPE, chunked attention) or global (NoPE, full attention)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int  # routed and shared experts
+    intermediate_size_mlp: int  # dense layers
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    interleave_moe_layer_step: int = 1
+    moe_layers: tuple[int, ...] | None = None  # overrides the step
+    nope_layer_interval: int | None = 4  # None: no layer is global
+    no_rope_layers: tuple[int, ...] | None = None  # overrides the interval; 1 = RoPE, 0 = NoPE, as in Hugging Face
+    attention_chunk_size: int | None = 8192  # None: local layers see everything before them
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    use_qk_norm: bool = True
+    rms_norm_eps: float = 1e-5
+    attn_temperature_tuning: bool = True
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (*positive, "head_dim", "interleave_moe_layer_step", "floor_scale"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
+            raise ConfigError(f"attention_chunk_size is {self.attention_chunk_size}; it must be positive or null")
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ConfigError(
+                f"no_rope_layers lists {len(self.no_rope_layers)} layers, the model has {self.num_hidden_layers}"
+            )
+        if any(self.is_moe(i) for i in range(self.num_hidden_layers)):
+            if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+                raise ConfigError(
+                    f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_local_experts} experts"
+                )
+
+    def is_local(self, layer: int) -> bool:
+        """True for RoPE layers with chunked attention, False for global (NoPE) layers."""
+        if self.no_rope_layers is not None:
+            return bool(self.no_rope_layers[layer])
+        return self.nope_layer_interval is None or (layer + 1) % self.nope_layer_interval != 0
+
+    def is_moe(self, layer: int) -> bool:
+        """True where the feed-forward is a mixture of experts, False where it is dense."""
+        if self.moe_layers is not None:
+            return layer in self.moe_layers
+        return self.num_local_experts > 0 and (layer + 1) % self.interleave_moe_layer_step == 0
+
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if not self.is_local(i))
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Parameters of the text model; with `active`, those one token passes through (spec §1.4)."""
+        c = self
+        attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+        expert = 3 * c.hidden_size * c.intermediate_size
+        experts = c.num_experts_per_tok if active else c.num_local_experts
+        moe = c.hidden_size * c.num_local_experts + (experts + 1) * expert
+        dense = 3 * c.hidden_size * c.intermediate_size_mlp
+        layers = sum(
+            attention + 2 * c.hidden_size + (moe if c.is_moe(i) else dense) for i in range(c.num_hidden_layers)
+        )
+        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        return layers + embeddings + c.hidden_size
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "TextConfig":
+        """Read a Hugging Face config.json: text-only or multimodal (its text part), written by v4 or v5."""
+        raw = raw.get("text_config", raw)
+        if raw.get("model_type") not in ("llama4_text", "llama4"):
+            raise ConfigError(f"model_type is {raw.get('model_type')!r}; expected 'llama4_text' or 'llama4'")
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in raw.items() if k in known and v is not None}
+        missing = [f for f in _REQUIRED if f not in values]
+        if missing:
+            raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        rope = raw.get("rope_parameters") or {}
+        values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or 500000.0)
+        values["rope_scaling"] = _rope_scaling(raw.get("rope_scaling") or rope)
+        values["attention_chunk_size"] = raw.get("attention_chunk_size", 8192)
+        values["attn_temperature_tuning"] = bool(raw.get("attn_temperature_tuning", True))
+        values["nope_layer_interval"] = raw.get("nope_layer_interval", 4)
+        # An empty list means "the default rule" (spec §1.2); so does an absent one.
+        for name in ("no_rope_layers", "moe_layers"):
+            values[name] = tuple(raw[name]) if raw.get(name) else None
+        eos = raw.get("eos_token_id")
+        values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+        return cls(**values)
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers and `from_hf` read back to the same model."""
+        skip = ("rope_scaling", "no_rope_layers", "moe_layers")
+        raw: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        raw["eos_token_id"] = list(self.eos_token_id) or None
+        raw["no_rope_layers"] = [int(self.is_local(i)) for i in range(self.num_hidden_layers)]
+        raw["moe_layers"] = [i for i in range(self.num_hidden_layers) if self.is_moe(i)]
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
+        raw["rope_scaling"] = scaling
+        raw["rope_parameters"] = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
+        raw |= {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "hidden_act": "silu"}
+        raw |= {"attention_bias": False, "attention_dropout": 0.0, "output_router_logits": False}
+        return raw
+
+
+_REQUIRED = tuple(f.name for f in fields(TextConfig))[:11]
+
+
+def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"rope scaling type {kind!r} is not part of Llama 4; expected 'llama3' or none")
+    try:
+        return RopeScaling(*(raw[f.name] for f in fields(RopeScaling)))
+    except KeyError as missing:
+        raise ConfigError(f"rope scaling lacks {missing}") from None
+
+
+SCOUT = TextConfig(
+    vocab_size=202048,
+    hidden_size=5120,
+    num_hidden_layers=48,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=8192,
+    intermediate_size_mlp=16384,
+    num_local_experts=16,
+    num_experts_per_tok=1,
+    max_position_embeddings=10485760,
+    rope_scaling=RopeScaling(16.0, 1.0, 1.0, 8192),
+    bos_token_id=200000,
+    eos_token_id=(200001, 200007, 200008),
+    pad_token_id=200018,
+)
+MAVERICK = replace(
+    SCOUT,
+    num_local_experts=128,
+    interleave_moe_layer_step=2,
+    max_position_embeddings=1048576,
+    rope_scaling=None,
+    use_qk_norm=False,
+)
+# Never released: assumption A of spec §1.5, chosen to meet the published 288B active of about 2T parameters.
+BEHEMOTH_ASSUMED = replace(
+    SCOUT,
+    hidden_size=16384,
+    num_hidden_layers=96,
+    num_attention_heads=128,
+    intermediate_size=24064,
+    intermediate_size_mlp=48128,
+    max_position_embeddings=1048576,
+)
+PRESETS = {"scout": SCOUT, "maverick": MAVERICK, "behemoth-assumed": BEHEMOTH_ASSUMED}

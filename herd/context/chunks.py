@@ -1,0 +1,110 @@
+"""Text → chunks of token ids, each with a header that says where it stands.
+
+A chunk begins on an attention-chunk boundary, so local attention never crosses a source; it is cut at line ends, so a
+fact is not cut from its key. Its header is one comment line: `# source:first_line`, and for Python the methods defined
+in the chunk with their class, `# http/client.py:120 putrequest in class HTTPConnection,`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+_DEFINITION = re.compile(r"^(\s*)(?:async\s+)?(def|class)\s+(\w+)")
+_MAX_OUTLINE = 16  # methods named in one header
+_MAX_NAME = 120  # characters of the source's name in a header
+
+
+class Encoder(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Token ids of `text` (header included), which holds lines first_line..last_line, 1-based and inclusive."""
+
+    ids: list[int]
+    text: str
+    first_line: int
+    last_line: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    text: str
+    tokens: int
+    member: str  # "method in class Class" where a method is defined, else ""
+
+
+def cut(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[Chunk]:
+    """Cut one source into chunks of at most chunk_size tokens, in order. A blank text gives no chunk."""
+    lines = _lines(name, text, tokenizer, chunk_size)
+    chunks: list[Chunk] = []
+    start = 0
+    while start < len(lines):
+        stop = _fill(lines, start, chunk_size - 16)
+        while True:
+            body = _header(name, lines[start:stop]) + "".join(line.text for line in lines[start:stop])
+            ids = tokenizer.encode(body)
+            if len(ids) <= chunk_size:
+                break
+            # Header and joined lines may need more tokens than the lines counted alone: hand some lines on.
+            stop = max(start + 1, stop - max(1, (stop - start) * (len(ids) - chunk_size) // len(ids)))
+        chunks.append(Chunk(ids, body, lines[start].number, lines[stop - 1].number))
+        start = stop
+    return chunks
+
+
+def _fill(lines: list[_Line], start: int, budget: int) -> int:
+    """End of the longest run of lines from `start` whose tokens fit the budget (at least one line)."""
+    stop, used = start + 1, lines[start].tokens
+    while stop < len(lines) and used + lines[stop].tokens <= budget:
+        used += lines[stop].tokens
+        stop += 1
+    return stop
+
+
+def _header(name: str, lines: list[_Line]) -> str:
+    members = list(dict.fromkeys(line.member for line in lines if line.member))[:_MAX_OUTLINE]
+    # A name may hold anything; a header is one line of bounded length.
+    shown = "".join(c if c.isprintable() else "?" for c in name)[-_MAX_NAME:]
+    return f"# {shown}:{lines[0].number}" + "".join(f" {m}," for m in members) + "\n"
+
+
+def _lines(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[_Line]:
+    if not text.strip():
+        return []
+    texts = text.splitlines(keepends=True)
+    if not texts[-1].endswith("\n"):
+        texts[-1] += "\n"
+    members = _members(texts) if name.endswith(".py") else [""] * len(texts)
+    counts = [len(ids) for ids in tokenizer.encode_batch(texts)]
+    lines: list[_Line] = []
+    for number, (line, member, tokens) in enumerate(zip(texts, members, counts, strict=True), 1):
+        if tokens <= chunk_size // 2:
+            lines.append(_Line(number, line, tokens, member))
+            continue
+        # A character needs at most four tokens (one per UTF-8 byte), so a piece this short always fits.
+        width = chunk_size // 8
+        pieces = [line[i : i + width] for i in range(0, len(line), width)]
+        lines += [_Line(number, p, len(i), member) for p, i in zip(pieces, tokenizer.encode_batch(pieces), strict=True)]
+    return lines
+
+
+def _members(texts: list[str]) -> list[str]:
+    """For each line of Python: "method in class Class" if it defines a method, else "". Works on broken code too."""
+    members, open_blocks = [], list[tuple[int, str, bool]]()  # (indent, name, is a class)
+    for text in texts:
+        match = _DEFINITION.match(text)
+        member = ""
+        if match:
+            indent = len(match[1].expandtabs())
+            while open_blocks and open_blocks[-1][0] >= indent:
+                open_blocks.pop()
+            is_class = match[2] == "class"
+            if not is_class and open_blocks and open_blocks[-1][2]:
+                member = f"{match[3]} in class {open_blocks[-1][1]}"
+            open_blocks.append((indent, match[3], is_class))
+        members.append(member)
+    return members

@@ -1,0 +1,87 @@
+"""Plain PyTorch definitions of the hot operations, for any device; native versions must agree with these.
+
+Shape suffixes: B batch, T queries, S keys, N tokens of all sequences, D hidden, F expert width, E experts,
+H query heads, G key/value heads (H = G * group), d head_dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """Normalise the last axis in float32, cast back, then scale in the input's dtype (spec §1.3)."""
+    x32 = x.float()
+    y = (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y if weight_D is None else y * weight_D
+
+
+def apply_rope(x_BTHd: Tensor, angles_BTf: Tensor) -> Tensor:
+    """Rotate the interleaved channel pairs (2i, 2i+1) by the given angles [B, T, d/2], in float32 (spec §2.1)."""
+    pairs = torch.view_as_complex(x_BTHd.float().unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.polar(torch.ones_like(angles_BTf), angles_BTf).unsqueeze(2)
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BTHd.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def attend(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, visible_BTS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over one set of keys, scaled by 1/sqrt(d), softmax in float32.
+
+    visible_BTS is True where a query may look; None means everywhere. Returns out [B, T, H, d] in float32 and the
+    log of the softmax denominator lse [B, T, H]; a query that sees nothing gets out 0 and lse -inf, so that
+    `merge_partials` can join results over disjoint sets of keys exactly.
+    """
+    G, d = k_BSGd.shape[2:]
+    q = q_BTHd.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # B G (group T) d
+    k, v = k_BSGd.permute(0, 2, 3, 1), v_BSGd.permute(0, 2, 1, 3)
+    logits = (q @ k).float().unflatten(2, (-1, q_BTHd.shape[1])) / math.sqrt(d)  # B G group T S
+    if visible_BTS is not None:
+        logits = logits.masked_fill(~visible_BTS[:, None, None], -math.inf)
+    lse = logits.logsumexp(-1)
+    weights = torch.exp(logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1))
+    out = weights.flatten(2, 3).to(v.dtype) @ v
+    out = out.unflatten(2, (-1, q_BTHd.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out.float(), lse.permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def merge_partials(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join (out, lse) pairs of `attend` over disjoint sets of keys into the result over their union."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    lse_P = torch.stack(lses)
+    total = lse_P.logsumexp(0)
+    share = torch.exp(lse_P - total.nan_to_num(neginf=0.0))
+    return (torch.stack(outs) * share.unsqueeze(-1)).sum(0), total
+
+
+def expert_mlp(x_ND: Tensor, expert_N: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
+    """SwiGLU of row n with the weights of expert_N[n]; each expert multiplies only its own rows (spec §3.1).
+
+    gate_up_EDF holds gate and up side by side: [E, D, 2F].
+    """
+    order = expert_N.argsort(stable=True)
+    counts = torch.bincount(expert_N, minlength=gate_up_EDF.shape[0]).tolist()
+    rows = x_ND[order].split(counts)
+    outs = [
+        swiglu(*(x @ gate_up).chunk(2, dim=-1)) @ down if len(x) else x
+        for x, gate_up, down in zip(rows, gate_up_EDF.unbind(0), down_EFD.unbind(0), strict=True)
+    ]
+    return torch.empty_like(x_ND).index_copy(0, order, torch.cat(outs))
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 over the last axis: x ≈ q * scale. Returns q int8 and scale float16 (last axis dropped)."""
+    x = x.float()
+    scale = (x.abs().amax(-1) / 127).clamp(min=2.0**-14).half()
+    q = (x / scale.float().unsqueeze(-1)).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (q.to(torch.float32) * scale.float().unsqueeze(-1)).to(dtype)

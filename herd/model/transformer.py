@@ -1,0 +1,96 @@
+"""The Llama 4 text decoder. Parameter names are those of Hugging Face's Llama4ForCausalLM. Spec §1.
+
+Shape suffixes: B batch, T tokens, D hidden, V vocabulary, G key/value heads, d head_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from herd.config import TextConfig
+from herd.errors import ConfigError
+from herd.kernels import rms_norm
+from herd.model.attention import Attention
+from herd.model.cache import Cache
+from herd.model.moe import DenseMLP, MoE
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.feed_forward = MoE(cfg) if cfg.is_moe(layer) else DenseMLP(cfg.hidden_size, cfg.intermediate_size_mlp)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), positions_BT, cache)
+        return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg: TextConfig) -> None:
+        super().__init__()
+        self.config = cfg
+        self.model = Decoder(cfg)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits in float32: [B, T, V], or [B, 1, V] of each row's last real token with `last_only`.
+
+        Without a cache each row is a whole sequence from position 0. With one, the new tokens follow what it
+        remembers; position -1 marks padding, which must stand right of the row's real tokens.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        x_BTD = self.model.embed_tokens(ids_BT)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, positions_BT, cache)
+        if last_only:
+            last_B = (positions_BT >= 0).sum(1).clamp(min=1) - 1
+            x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B].unsqueeze(1)
+        return self.lm_head(self.model.norm(x_BTD)).float()
+
+    def read(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, G, d] that the one global layer remembers of chunks, each its own row.
+
+        Every row starts on a chunk boundary, so its keys and values depend on nothing else, and the layers above
+        the global one are never run (long-context reading is linear). Padding may stand right of a row; its
+        results are to be dropped. Raises ConfigError for models that do not have exactly one global layer.
+        """
+        layers = self.config.global_layers
+        if len(layers) != 1:
+            raise ConfigError(f"reading chunks on their own needs one global layer, this model has {len(layers)}")
+        chunk = self.config.attention_chunk_size
+        assert chunk is None or ids_BT.shape[1] <= chunk, "a row is at most one chunk"
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        x_BTD = self.model.embed_tokens(ids_BT)
+        for block in self.model.layers[: layers[0]]:
+            x_BTD = block(x_BTD, positions_BT, None)
+        block = self.model.layers[layers[0]]
+        return block.self_attn.key_value(block.input_layernorm(x_BTD), positions_BT)
