@@ -1,0 +1,178 @@
+"""Questions about the Python or C text of one chunk, found by regular expressions (a chunk is a partial file)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+from herd.data import words
+from herd.data.phrasings import CODE
+from herd.data.question import Question
+
+FAMILIES = ("constant", "parameters", "class", "docstring")
+MAX_LITERAL, MAX_SIGNATURE, MAX_SENTENCE = 60, 160, 200
+
+_HEADER = re.compile(r"# (.+?):(\d+)(?= |$)")
+_ENTRY = re.compile(r" (\w+) in class ([\w.]+)(?=,|$)")
+_ASSIGN = re.compile(r"^( *)([A-Za-z_]\w*)( *(?::[^=\n]{1,40})?= *)([^=\s#][^\n]*)$", re.M)
+_DEF = re.compile(r"^( *)((?:async )?def (\w+)\()", re.M)
+_CLASS = re.compile(r"^( *)class (\w+)", re.M)
+_DEFINE = re.compile(r"^[ \t]*(#[ \t]*define[ \t]+(\w+)[ \t]+(\S[^\n]*?))[ \t]*(?:/\*[^\n]*|//[^\n]*)?$", re.M)
+_DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
+_TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|#[^\n]*|[()\[\]{}]")
+_NUMBER_NODES = (ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.operator, ast.unaryop, ast.Load)
+
+
+def source_of(chunk_text: str) -> str:
+    """The source named in the header line, "" when there is none."""
+    found = _HEADER.match(chunk_text)
+    return found.group(1) if found else ""
+
+
+def definitions(text: str) -> Counter[str]:
+    """How often each name is defined (assigned, def, class, #define) anywhere in a text, at any indentation."""
+    names: Counter[str] = Counter()
+    for pattern, group in ((_ASSIGN, 2), (_DEF, 3), (_CLASS, 2), (_DEFINE, 2)):
+        names.update(found.group(group) for found in pattern.finditer(text))
+    return names
+
+
+def questions(chunk_text: str, rng: Random, split: str = "train") -> list[Question]:
+    """Every question of the four families that this chunk answers, one phrasing each; split: train | held_out."""
+    counts = definitions(chunk_text)
+    source = source_of(chunk_text)
+    drafts = [*_constants(chunk_text), *_defines(chunk_text), *_functions(chunk_text), *_classes(chunk_text)]
+    asked: list[Question] = []
+    for family, name, copied, evidence, value in drafts:
+        if counts[name] != 1 or len(name) < 3 or name.startswith("__"):
+            continue
+        if value in ("()", "(self)", "(cls)") and rng.random() < 0.7:  # half of all functions: they would crowd out
+            continue
+        if chunk_text.count(evidence) == 1 and evidence.count(copied) == 1:
+            text = phrase(family, name, source, rng, split)
+            asked.append(Question(family, text, copied, copied, evidence, value, key=name, kind=family))
+    return asked
+
+
+def phrase(family: str, name: str, source: str, rng: Random, split: str = "train") -> str:
+    """One wording of a question; names the file (or its last part) in about a quarter of the cases."""
+    plain, with_file = CODE[family][split]
+    if source and rng.random() < 0.25:
+        place = source if rng.random() < 0.5 else source.rsplit("/", 1)[-1]
+        return rng.choice(with_file).format(name=name, file=place)
+    return rng.choice(plain).format(name=name)
+
+
+def absent(family: str, rng: Random, present: Callable[[str], bool], split: str = "train") -> Question:
+    """A question for an invented name for which `present(name)` is false."""
+    while True:
+        name = words.identifier(rng, split, upper=family == "constant" and rng.random() < 0.7)
+        if not present(name):
+            text = phrase(family, name, "", rng, split)
+            return Question(family, text, "", "", "", "", key=name, kind=family).as_absent()
+
+
+Draft = tuple[str, str, str, str, str]  # family, name, copied, evidence, value
+
+
+def _constants(text: str) -> list[Draft]:
+    tops = [(found.start(), found.group(2)) for found in re.finditer(r"^([^\s#)\]}](\w*)[^\n]*)", text, re.M)]
+    drafts: list[Draft] = []
+    for found in _ASSIGN.finditer(text):
+        indent, name, sign, rest = found.groups()
+        literal = _literal(rest)
+        if not literal or (indent and not _in_class_body(text, tops, found.start(), indent)):
+            continue
+        copied = f"{name}{sign}{literal}"
+        drafts.append(("constant", name, copied, _line(text, found.start()), literal))
+    return drafts
+
+
+def _in_class_body(text: str, tops: list[tuple[int, str]], at: int, indent: str) -> bool:
+    before = [start for start, _ in tops if start < at]
+    return len(indent) == 4 and bool(before) and text.startswith("class ", before[-1])
+
+
+def _literal(rest: str) -> str:
+    """The short literal that a right-hand side consists of ("" if it is anything else)."""
+    value = rest.rstrip()
+    if "#" in value and value[0] not in "\"'":
+        value = value[: value.index("#")].rstrip()
+    if not 1 <= len(value) <= MAX_LITERAL or value in ("None", "True", "False", "()", "[]", "{}", '""', "''"):
+        return ""
+    if value[0] not in "0123456789-\"'([{brBR.~":
+        return ""
+    try:
+        tree = ast.parse(value, mode="eval")
+        if not all(isinstance(node, _NUMBER_NODES) for node in ast.walk(tree)):
+            ast.literal_eval(tree)
+    except (SyntaxError, ValueError, TypeError, MemoryError):  # not a literal: nothing to ask
+        return ""
+    return value
+
+
+def _line(text: str, start: int) -> str:
+    """The whole line at `start` with the line breaks around it, so that it matches nowhere else."""
+    end = text.find("\n", start)
+    return text[max(start - 1, 0) : end + 1 if end >= 0 else len(text)]
+
+
+def _defines(text: str) -> list[Draft]:
+    drafts: list[Draft] = []
+    for found in _DEFINE.finditer(text):
+        copied, name, value = found.groups()
+        if len(value) <= MAX_LITERAL and not value.endswith("\\"):
+            drafts.append(("constant", name, copied, _line(text, found.start()), value))
+    return drafts
+
+
+def _functions(text: str) -> list[Draft]:
+    drafts: list[Draft] = []
+    for found in _DEF.finditer(text):
+        name, start = found.group(3), found.start(2)
+        end = _closing(text, found.end() - 1, start + MAX_SIGNATURE)
+        if end < 0:
+            continue
+        signature = text[start:end]
+        value = text[found.end() - 1 : end]
+        evidence = _line(text, found.start())[:1] + text[found.start() : end]
+        drafts.append(("parameters", name, signature, evidence, value))
+        opened = _DOC_OPEN.match(text, end)
+        if not opened:
+            continue
+        stop = _SENTENCE_END.search(text, opened.end(), opened.end() + MAX_SENTENCE + 3)
+        if stop and stop.end() - opened.end() >= 12:
+            copied, sentence = text[start : stop.end()], text[opened.end() : stop.end()]
+            drafts.append(("docstring", name, copied, text[found.start() : stop.end()], sentence))
+    return drafts
+
+
+def _closing(text: str, start: int, limit: int) -> int:
+    """Index just past the bracket that closes the one at `start`, -1 if it is not closed before `limit`."""
+    depth = 0
+    for found in _TOKEN.finditer(text, start, min(limit, len(text))):
+        if found.group() in "([{":
+            depth += 1
+        elif found.group() in ")]}":
+            depth -= 1
+            if depth == 0:
+                return found.end()
+    return -1
+
+
+def _classes(text: str) -> list[Draft]:
+    header = text.split("\n", 1)[0]
+    if not _HEADER.match(header):
+        return []
+    entries = _ENTRY.findall(header)
+    often = Counter(method for method, _ in entries)
+    drafts: list[Draft] = []
+    for method, owner in entries:
+        if often[method] == 1:
+            copied = f"{method} in class {owner}"
+            drafts.append(("class", method, copied, f" {copied}", owner))
+    return drafts
