@@ -102,7 +102,7 @@ def _literal(rest: str) -> str:
     value = rest.rstrip()
     if "#" in value and value[0] not in "\"'":
         value = value[: value.index("#")].rstrip()
-    if not 1 <= len(value) <= MAX_LITERAL or value in ("None", "True", "False", "()", "[]", "{}", '""', "''"):
+    if not 1 <= len(value) <= MAX_LITERAL or "\\" in value or value in ("None", "True", "False", "()", "[]", "{}", '""', "''"):
         return ""
     if value[0] not in "0123456789-\"'([{brBR.~":
         return ""

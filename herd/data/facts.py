@@ -23,7 +23,7 @@ Words = dict[str, str]
 
 @dataclass(frozen=True)
 class Fact:
-    """`sentence` carries the evidence of the answer; insert every line of `lines` as a line of its own.
+    """`sentence` carries the evidence of the answer; insert each of `sentences` as a line of its own.
 
     `older` (family latest) goes on an earlier line of the *same* chunk; `first_hop` (two-hop) and the near-miss
     `distractors` go into any chunk. The questions ask for the same thing in different words.
@@ -34,6 +34,11 @@ class Fact:
     older: str = ""
     first_hop: str = ""
     distractors: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The lines that the answer needs, in the order in which they may stand in one chunk (no distractors)."""
+        return tuple(line for line in (self.older, self.first_hop, self.sentence) if line)
 
 
 def make(rng: Random, split: str = "train", family: str = "", kind: str = "", phrasings: int = 2) -> Fact:
