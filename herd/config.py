@@ -15,6 +15,13 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def __post_init__(self) -> None:
+        if min(self.factor, self.low_freq_factor, self.original_max_position_embeddings) <= 0:
+            raise ConfigError(f"rope scaling needs positive numbers, not {self}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high < low:
+            raise ConfigError(f"rope scaling has high_freq_factor {high} below low_freq_factor {low}")
+
     def to_hf(self) -> dict[str, Any]:
         return {"rope_type": "llama3", **{f.name: getattr(self, f.name) for f in fields(self)}}
 
@@ -53,27 +60,36 @@ class TextConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*positive, "head_dim", "interleave_moe_layer_step", "floor_scale"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        positive += ["head_dim", "max_position_embeddings", "floor_scale"]
+        # Null means "none" for these two; a dense model's step is never used (Hugging Face writes 0, spec §1.5).
+        positive += [n for n in ("attention_chunk_size", "nope_layer_interval") if getattr(self, n) is not None]
+        positive += ["interleave_moe_layer_step"] if self.moe_layers is None and self.num_local_experts else []
+        self._check_positive(positive)
+        layers = range(self.num_hidden_layers)
+        widths = {"intermediate_size" if self.is_moe(i) else "intermediate_size_mlp" for i in layers}
+        self._check_positive(sorted(widths))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
-        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
-            raise ConfigError(f"attention_chunk_size is {self.attention_chunk_size}; it must be positive or null")
         if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
             raise ConfigError(
                 f"no_rope_layers lists {len(self.no_rope_layers)} layers, the model has {self.num_hidden_layers}"
             )
-        if any(self.is_moe(i) for i in range(self.num_hidden_layers)):
-            if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-                raise ConfigError(
-                    f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_local_experts} experts"
-                )
+        outside = sorted(set(self.moe_layers or ()) - set(layers))
+        if outside:
+            raise ConfigError(f"moe_layers names layers {outside}; the model has layers 0 to {layers[-1]}")
+        if any(self.is_moe(i) for i in layers) and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ConfigError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_local_experts} experts")
+
+    def _check_positive(self, names: list[str]) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
     def is_local(self, layer: int) -> bool:
         """True for RoPE layers with chunked attention, False for global (NoPE) layers."""
@@ -116,18 +132,22 @@ class TextConfig:
         missing = [f for f in _REQUIRED if f not in values]
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        _refuse_foreign(raw)
         rope = raw.get("rope_parameters") or {}
         values["rope_theta"] = float(raw.get("rope_theta") or rope.get("rope_theta") or 500000.0)
         values["rope_scaling"] = _rope_scaling(raw.get("rope_scaling") or rope)
         values["attention_chunk_size"] = raw.get("attention_chunk_size", 8192)
         values["attn_temperature_tuning"] = bool(raw.get("attn_temperature_tuning", True))
-        values["nope_layer_interval"] = raw.get("nope_layer_interval", 4)
-        # An empty list means "the default rule" (spec §1.2); so does an absent one.
-        for name in ("no_rope_layers", "moe_layers"):
-            values[name] = tuple(raw[name]) if raw.get(name) else None
+        # transformers writes the second name, Meta and we the first.
+        values["nope_layer_interval"] = raw.get("nope_layer_interval", raw.get("no_rope_layer_interval", 4))
+        # An empty list of RoPE flags means "the default rule" (spec §1.2), an empty list of MoE layers means a dense
+        # model: so read both in transformers.
+        values["no_rope_layers"] = tuple(raw["no_rope_layers"]) if raw.get("no_rope_layers") else None
+        values["moe_layers"] = tuple(raw["moe_layers"]) if raw.get("moe_layers") is not None else None
         eos = raw.get("eos_token_id")
         values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-        return cls(**values)
+        cfg = cls(**values)
+        return _with_layer_types(cfg, raw["layer_types"]) if raw.get("layer_types") else cfg
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers and `from_hf` read back to the same model."""
@@ -147,8 +167,26 @@ class TextConfig:
 _REQUIRED = tuple(f.name for f in fields(TextConfig))[:11]
 
 
+def _refuse_foreign(raw: dict[str, Any]) -> None:
+    """ConfigError for settings of Hugging Face's class that no Llama 4 uses and this model does not have."""
+    for name, expected in (("hidden_act", "silu"), ("attention_bias", False)):
+        if raw.get(name, expected) != expected:
+            raise ConfigError(f"{name} is {raw[name]!r}; Llama 4 has {expected!r}")
+
+
+def _with_layer_types(cfg: TextConfig, types: list[str]) -> TextConfig:
+    """transformers can give every layer full attention (a null chunk to us); other mixtures we cannot express."""
+    if any(cfg.is_local(i) for i in range(cfg.num_hidden_layers)) and set(types) == {"full_attention"}:
+        return replace(cfg, attention_chunk_size=None)
+    expected = ["chunked_attention" if cfg.is_local(i) else "full_attention" for i in range(cfg.num_hidden_layers)]
+    if types != expected:
+        raise ConfigError(f"layer_types is {types}; with these RoPE layers Llama 4 has {expected}")
+    return cfg
+
+
 def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
-    kind = raw.get("rope_type", raw.get("type", "default"))
+    # The first transformers releases wrote no type beside the factors and always meant llama3.
+    kind = raw.get("rope_type") or raw.get("type") or ("llama3" if "factor" in raw else "default")
     if kind == "default":
         return None
     if kind != "llama3":
