@@ -211,8 +211,12 @@ def _named(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
     miss = form.format(n=near, v=other)
     if sentence.count(value) != 1 or near == name or sentence in miss or miss in sentence:
         return None
-    asked = _ask(templates.ASK_NAMED[split], rng, phrasings, n=name)
-    return Fact(sentence, _questions("fact", asked, "value", name, value, sentence, kind), distractors=(miss,))
+    # Answered like a constant of code, because nothing in the question tells the two apart.
+    questions = [
+        Question("fact", text, f"{name} = {value}", value, sentence, value, name, kind)
+        for text in _ask(templates.ASK_NAMED[split], rng, phrasings, n=name)
+    ]
+    return Fact(sentence, questions, distractors=(miss,))
 
 
 def _latest(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
