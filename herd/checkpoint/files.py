@@ -1,0 +1,183 @@
+"""Weight files of a Hugging Face model folder: safetensors, single or sharded, read lazily and written shard by shard."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from herd.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError if it is missing or malformed."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+class WeightFiles:
+    """Tensors of a folder by name; each is read from disk when it is asked for. Use as a context manager."""
+
+    def __init__(self, folder: Path):
+        """Opens every file and reads the headers. CheckpointError if a file is missing, damaged or inconsistent."""
+        self.folder = folder
+        self._stack = ExitStack()
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        try:
+            for file, expected in _shards(folder).items():
+                self._add(file, expected)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _add(self, file: str, expected: set[str] | None) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} has no {file}, which {INDEX} lists")
+        try:
+            opened = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
+        except (OSError, safetensors.SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        names = set(opened.keys())
+        if expected is not None and names != expected:
+            odd = sorted(names ^ expected)
+            raise CheckpointError(f"{path} and {INDEX} disagree on {len(odd)} tensors, first {odd[0]!r}")
+        self._open[file] = opened
+        self._file_of |= dict.fromkeys(names, file)
+
+    def __enter__(self) -> "WeightFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the header, without reading the tensor. CheckpointError if there is no such tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored. CheckpointError if there is no such tensor or its bytes cannot be read."""
+        self._slice(name)
+        try:
+            tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
+        except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"cannot read {name} of {self.folder / self._file_of[name]}: {error}") from error
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+        return self._open[self._file_of[name]].get_slice(name)
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """File name -> names of its tensors (None: whatever it holds)."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        return {SINGLE: None}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # Only plain names: an index must not reach outside its folder.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors") or "\\" in file:
+            raise CheckpointError(f"{folder / INDEX} puts {name} into {file!r}; expected a .safetensors file beside it")
+        shards.setdefault(file, set()).add(name)
+    return dict(shards)
+
+
+class ShardWriter:
+    """Writes tensors in the order given, starting a new file whenever one reaches `shard_bytes`."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        assert shard_bytes > 0
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._written: list[tuple[Path, list[str]]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.nbytes
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
+            self._flush()
+        # A copy if it is a view: safetensors refuses views, and a view would keep the whole base alive.
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
+        self._pending[name] = tensor.detach() if whole else tensor.detach().clone().contiguous()
+        self._pending_bytes += size
+        self._total += size
+
+    def finish(self) -> None:
+        """Write the rest and give the files their final names, with an index if there are several."""
+        self._flush()
+        if len(self._written) == 1:
+            self._written[0][0].rename(self._folder / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for i, (path, names) in enumerate(self._written, 1):
+            file = f"model-{i:05}-of-{len(self._written):05}.safetensors"
+            path.rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        metadata = {"total_size": self._total}
+        write_json(self._folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        path = self._folder / f"shard-{len(self._written)}.partial"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._written.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A scratch folder beside `out` that takes its name when the block ends well, and vanishes otherwise.
+
+    CheckpointError if `out` exists and is not an empty folder, unless `replace`.
+    """
+    out = Path(os.path.abspath(out))
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; remove it or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if out.exists():
+            out.rename(old)
+        scratch.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

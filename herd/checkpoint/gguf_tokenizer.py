@@ -1,0 +1,85 @@
+"""tokenizer.json of the vocabulary inside a GGUF file (byte-level BPE, GGUF's `gpt2` model)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from herd.errors import CheckpointError
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_files(path: Path, fields: dict[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json, as bytes by file name.
+
+    CheckpointError for vocabularies that are not byte-level BPE, or whose splitting rule is unknown here.
+    """
+    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise CheckpointError(
+            f"{path} has a {kind!r} vocabulary; only byte-level BPE ('gpt2') can be converted. "
+            "Upcycle the model's Hugging Face folder instead"
+        )
+    tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges")
+    types = fields.get("tokenizer.ggml.token_type")
+    if not all(isinstance(part, list) for part in (tokens, merges, types)) or len(tokens) != len(types):
+        raise CheckpointError(f"{path} lacks the tokens, token types or merges of its vocabulary")
+    core = _bpe(path, tokens, merges)
+    core.pre_tokenizer = _splitting(path, split)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _of_type(tokens, types, _CONTROL)])
+    core.add_tokens([AddedToken(t, normalized=False) for t in _of_type(tokens, types, _USER_DEFINED)])
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(i, int) and i < len(tokens):
+            settings[f"{name}_token"] = tokens[i]
+    if isinstance(fields.get("tokenizer.chat_template"), str):
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    return {
+        "tokenizer.json": core.to_str().encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+
+
+def _bpe(path: Path, tokens: list[str], merges: list[str]) -> Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise CheckpointError(f"{path} lists {len(tokens) - len(vocab)} tokens of its vocabulary twice")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if bad := next((merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None):
+        raise CheckpointError(f"{path} has a merge that is not a pair: {bad!r}")
+    try:
+        return Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    except Exception as error:  # the library raises bare Exception for merges outside the vocabulary
+        raise CheckpointError(f"{path} has merges that do not fit its vocabulary: {error}") from error
+
+
+def _splitting(path: Path, name: Any) -> pre_tokenizers.PreTokenizer:
+    """The rule that cuts text into words before merging, by llama.cpp's name for it."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    if name in ("gpt-2", "gpt2"):
+        return words
+    if name in ("llama3", "llama-v3", "llama-bpe"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise CheckpointError(
+        f"{path} splits text by the rule {name!r}, known are smollm, gpt-2 and llama-bpe. "
+        "Upcycle the model's Hugging Face folder instead"
+    )
+
+
+def _of_type(tokens: list[str], types: list[int], wanted: int) -> list[str]:
+    return [token for token, kind in zip(tokens, types, strict=True) if kind == wanted]

@@ -1,0 +1,210 @@
+"""Tokenizer of a model folder: `tokenizer.json` plus the special ids and the chat template of its JSON files.
+
+User text can never become a special token: `encode` treats the text of special tokens as plain text, and `chat`
+encodes only those special tokens that the template itself wrote.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from herd.errors import CheckpointError, PromptError
+from herd.prompt.template import ChatTemplate
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """Encoder and decoder of one vocabulary. Safe to share between threads after `load`."""
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        template: str | None = None,
+        named: Mapping[str, str] | None = None,
+    ):
+        """template: Jinja source; named: its variables `bos_token`, `eos_token`.
+
+        `core` is changed: special tokens in text are no longer parsed.
+        """
+        core.no_padding()
+        core.no_truncation()
+        core.encode_special_tokens = True
+        self._core = core
+        self._special = {str(t.content): i for i, t in core.get_added_tokens_decoder().items() if t.special}
+        self._check_specials_stay_text()
+        self.eos_ids = list(eos_ids)
+        self.pad_id = pad_id
+        self._template = ChatTemplate(template, self._special, named or {}) if template is not None else None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read the tokenizer of a Hugging Face model folder. CheckpointError if a file is missing or malformed."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json")
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
+        settings = _read_json(folder / "tokenizer_config.json")
+        generation = _read_json(folder / "generation_config.json")
+        config = _read_json(folder / "config.json")
+        eos = _first(generation.get("eos_token_id"), config.get("eos_token_id"), _id(core, settings.get("eos_token")))
+        pad = _first(generation.get("pad_token_id"), config.get("pad_token_id"), _id(core, settings.get("pad_token")))
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        named = {name: text for name in ("bos_token", "eos_token") if (text := _text(settings.get(name))) is not None}
+        return cls(core, eos_ids=eos_ids, pad_id=pad, template=_template_source(folder, settings), named=named)
+
+    def __len__(self) -> int:
+        """Number of ids, special tokens included."""
+        return int(self._core.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing is added, and special tokens in `text` are encoded as ordinary characters."""
+        return list(self._core.encode(_valid(text), add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        encodings = self._core.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        return [list(encoding.ids) for encoding in encodings]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the half-open range of characters of `text` it covers.
+
+        A character that was split into several tokens is covered by each of them.
+        """
+        encoding = self._core.encode(_valid(text), add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. PromptError for an id outside the vocabulary."""
+        size = len(self)
+        for i in ids:
+            if not 0 <= i < size:
+                raise PromptError(f"token id {i} is outside the vocabulary of {size} tokens")
+        return str(self._core.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def stream(self, *, keep_special: bool = False) -> "StreamDecoder":
+        """A decoder that takes one id at a time and never emits half a character."""
+        return StreamDecoder(self, keep_special)
+
+    def token_id(self, token: str) -> int:
+        """Id of a token of the vocabulary, such as `<|im_end|>`. PromptError if there is none."""
+        i = self._core.token_to_id(token)
+        if i is None:
+            raise PromptError(f"the vocabulary has no token {token!r}")
+        return int(i)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Text and id of every special token."""
+        return dict(self._special)
+
+    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Ids of a conversation, by the chat template of the model.
+
+        messages: `{"role": ..., "content": ...}` in order; `variables` are passed to the template (`tools=...`).
+        PromptError if the model has no template, or the template refuses the conversation.
+        """
+        if self._template is None:
+            raise PromptError("this model has no chat template; encode the text instead, or add chat_template.jinja")
+        ids: list[int] = []
+        for piece, special in self._template.pieces(messages, add_generation_prompt, variables):
+            ids += [special] if special is not None else self.encode(piece)
+        return ids
+
+    def _check_specials_stay_text(self) -> None:
+        """CheckpointError if plain text can become a special token (a vocabulary that lists it as a word)."""
+        special_ids = set(self._special.values())
+        for (text, _), ids in zip(self._special.items(), self.encode_batch(list(self._special)), strict=True):
+            if special_ids & set(ids):
+                raise CheckpointError(f"tokenizer.json turns plain text into the special token {text!r}")
+
+
+class StreamDecoder:
+    """Decodes ids one by one; the concatenated output equals `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, keep_special: bool = False):
+        self._tokenizer = tokenizer
+        self._keep_special = keep_special
+        self._ids: list[int] = []  # ids since the start of the last emitted piece
+        self._done = 0  # how many of them have been emitted
+
+    def push(self, token: int) -> str:
+        """Text that became complete with this id; "" while a character is still incomplete."""
+        self._ids.append(token)
+        text, emitted = self._text(self._ids), self._text(self._ids[: self._done])
+        if text.endswith("�"):  # maybe the start of a longer character
+            return ""
+        self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return text[len(emitted) :]
+
+    def finish(self) -> str:
+        """What was held back at the end of the stream."""
+        rest = self._text(self._ids)[len(self._text(self._ids[: self._done])) :]
+        self._ids, self._done = [], 0
+        return rest
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, keep_special=self._keep_special)
+
+
+def _valid(text: str) -> str:
+    """The text, with lone surrogates (undecodable file names and the like) replaced: they have no UTF-8 form."""
+    return text.encode("utf-8", "replace").decode() if any(map(_is_surrogate, text)) else text
+
+
+def _is_surrogate(char: str) -> bool:
+    return "\ud800" <= char <= "\udfff"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file, {} if there is no such file. CheckpointError if it is malformed."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _id(core: tokenizers.Tokenizer, token: Any) -> int | None:
+    text = _text(token)
+    return core.token_to_id(text) if text is not None else None
+
+
+def _text(token: Any) -> str | None:
+    """A token given as text or as {"content": text}."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json (a text, or a list with one named default)."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text("utf-8")
+    return next(_templates(settings.get("chat_template")), None)
+
+
+def _templates(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from (t["template"] for t in value if isinstance(t, dict) and t.get("name") == "default")
