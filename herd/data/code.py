@@ -102,7 +102,8 @@ def _literal(rest: str) -> str:
     value = rest.rstrip()
     if "#" in value and value[0] not in "\"'":
         value = value[: value.index("#")].rstrip()
-    if not 1 <= len(value) <= MAX_LITERAL or "\\" in value or value in ("None", "True", "False", "()", "[]", "{}", '""', "''"):
+    trivial = ("None", "True", "False", "()", "[]", "{}", '""', "''")
+    if not 1 <= len(value) <= MAX_LITERAL or "\\" in value or value in trivial:
         return ""
     if value[0] not in "0123456789-\"'([{brBR.~":
         return ""
