@@ -1,0 +1,62 @@
+# Everything runs in .venv. A step that is done has a stamp; a stamp is written only after its step succeeded, so a run
+# that was interrupted goes on where it stopped, and a second run does nothing twice.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+BIN := .venv/bin
+DONE := .venv/done
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LLAMA_MODELS := 0.3.0
+
+.PHONY: help demo test lint setup setup-dev cria clean
+
+help:
+	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
+	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
+	@echo 'make cria   set up and build the model'
+	@echo 'make clean  remove what the targets above made, .venv included'
+
+setup: $(DONE)/run
+setup-dev: $(DONE)/dev
+cria: $(DONE)/cria
+
+demo: $(DONE)/cria
+	@$(BIN)/python tools/demo.py
+
+test: $(DONE)/dev $(DONE)/cria
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(DONE)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/caps.py
+
+clean:
+	rm -rf .venv build demo-context
+
+# A folder without the stamp may be half made: keep it only if its pip works.
+$(DONE)/venv:
+	@echo 'setting up .venv'
+	@$(BIN)/python -m pip list >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/run: pyproject.toml | $(DONE)/venv
+	@echo 'installing Herd and what it needs'
+	@$(PIP) install --editable .
+	@touch $@
+
+# Meta's reference code is compared with in tests. Its own dependencies are large, and the tests need none of them.
+$(DONE)/dev: pyproject.toml | $(DONE)/run
+	@echo 'installing what the tests need'
+	@$(PIP) install --editable '.[dev]'
+	@$(PIP) install --no-deps llama-models==$(LLAMA_MODELS)
+	@touch $@
+
+$(DONE)/cria: $(wildcard herd/models/cria/*) | $(DONE)/run
+	@echo 'building Cria'
+	@$(BIN)/python -m herd.checkpoint.cria
+	@touch $@
