@@ -5,13 +5,18 @@ fact is not cut from its key. Its header is one comment line: `# source:first_li
 in the chunk with their class, `# http/client.py:120 putrequest in class HTTPConnection,`.
 """
 
+import ast
+import io
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 _DEFINITION = re.compile(r"^(\s*)(?:async\s+)?(def|class)\s+(\w+)")
+_MIN_CHUNK = 16  # tokens; room for a header and some characters of text, whatever the tokenizer
 _MAX_OUTLINE = 16  # methods named in one header
 _MAX_NAME = 120  # characters of the source's name in a header
+_MAX_PARSED = 1_000_000  # characters; a syntax tree takes a hundred times the memory of its text
 
 
 class Encoder(Protocol):
@@ -38,22 +43,36 @@ class _Line:
 
 
 def cut(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[Chunk]:
-    """Cut one source into chunks of at most chunk_size tokens, in order. A blank text gives no chunk."""
+    """Cut one source into chunks of at most chunk_size (>= 16) tokens, in order. A blank text gives no chunk.
+
+    Lines end where an editor ends them, at \\n, \\r\\n or \\r alone. A last line without an end gets one.
+    """
+    assert chunk_size >= _MIN_CHUNK, f"a chunk of {chunk_size} tokens has no room for text"
     lines = _lines(name, text, tokenizer, chunk_size)
     chunks: list[Chunk] = []
     start = 0
     while start < len(lines):
         stop = _fill(lines, start, chunk_size - 16)
         while True:
-            body = _header(name, lines[start:stop]) + "".join(line.text for line in lines[start:stop])
+            header = _header(name, lines[start:stop], tokenizer, chunk_size // 3)
+            body = header + "".join(line.text for line in lines[start:stop])
             ids = tokenizer.encode(body)
             if len(ids) <= chunk_size:
                 break
             # Header and joined lines may need more tokens than the lines counted alone: hand some lines on.
-            stop = max(start + 1, stop - max(1, (stop - start) * (len(ids) - chunk_size) // len(ids)))
+            if stop - start > 1:
+                stop = max(start + 1, stop - max(1, (stop - start) * (len(ids) - chunk_size) // len(ids)))
+            else:
+                lines[start : start + 1] = _halves(lines[start])
         chunks.append(Chunk(ids, body, lines[start].number, lines[stop - 1].number))
         start = stop
     return chunks
+
+
+def _halves(line: _Line) -> list[_Line]:
+    middle = len(line.text) // 2
+    assert middle, "a header and one character fit any chunk"
+    return [replace(line, text=part, tokens=line.tokens // 2) for part in (line.text[:middle], line.text[middle:])]
 
 
 def _fill(lines: list[_Line], start: int, budget: int) -> int:
@@ -65,20 +84,29 @@ def _fill(lines: list[_Line], start: int, budget: int) -> int:
     return stop
 
 
-def _header(name: str, lines: list[_Line]) -> str:
+def _header(name: str, lines: list[_Line], tokenizer: Encoder, limit: int) -> str:
+    """The header of these lines, shortened to `limit` tokens: first its methods go, then the start of the name."""
     members = list(dict.fromkeys(line.member for line in lines if line.member))[:_MAX_OUTLINE]
     # A name may hold anything; a header is one line of bounded length.
     shown = "".join(c if c.isprintable() else "?" for c in name)[-_MAX_NAME:]
-    return f"# {shown}:{lines[0].number}" + "".join(f" {m}," for m in members) + "\n"
+    while True:
+        header = f"# {shown}:{lines[0].number}" + "".join(f" {m}," for m in members) + "\n"
+        # No tokenizer makes more tokens than bytes.
+        if len(header.encode()) <= limit or len(tokenizer.encode(header)) <= limit or not shown:
+            return header
+        if members:
+            members.pop()
+        else:
+            shown = shown[len(shown) // 2 + 1 :]
 
 
 def _lines(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[_Line]:
     if not text.strip():
         return []
-    texts = text.splitlines(keepends=True)
-    if not texts[-1].endswith("\n"):
+    texts = list(io.StringIO(text, newline=""))  # str.splitlines would also cut at form feeds and the like
+    if not texts[-1].endswith(("\n", "\r")):
         texts[-1] += "\n"
-    members = _members(texts) if name.endswith(".py") else [""] * len(texts)
+    members = _members(text, texts) if name.endswith(".py") else [""] * len(texts)
     counts = [len(ids) for ids in tokenizer.encode_batch(texts)]
     lines: list[_Line] = []
     for number, (line, member, tokens) in enumerate(zip(texts, members, counts, strict=True), 1):
@@ -92,11 +120,35 @@ def _lines(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[_L
     return lines
 
 
-def _members(texts: list[str]) -> list[str]:
-    """For each line of Python: "method in class Class" if it defines a method, else "". Works on broken code too."""
+def _members(text: str, lines: list[str]) -> list[str]:
+    """For each line of Python: "method in class Class" if it defines a method, else ""."""
+    if len(text) > _MAX_PARSED:
+        return _members_by_indent(lines)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes, say
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # broken, not Python 3, or nested too deeply
+        return _members_by_indent(lines)
+    members = [""] * len(lines)
+    blocks: list[tuple[ast.AST, str]] = [(tree, "")]
+    while blocks:
+        block, owner = blocks.pop()
+        for node in ast.iter_child_nodes(block):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                members[node.lineno - 1] = f"{node.name} in class {owner}" if owner else ""
+                blocks.append((node, ""))
+            elif isinstance(node, ast.ClassDef):
+                blocks.append((node, node.name))
+            elif isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case):
+                blocks.append((node, owner))
+    return members
+
+
+def _members_by_indent(lines: list[str]) -> list[str]:
+    """As `_members` for text that does not parse: a method is a def right below a class, by indentation."""
     members, open_blocks = [], list[tuple[int, str, bool]]()  # (indent, name, is a class)
-    for text in texts:
-        match = _DEFINITION.match(text)
+    for line in lines:
+        match = _DEFINITION.match(line)
         member = ""
         if match:
             indent = len(match[1].expandtabs())
