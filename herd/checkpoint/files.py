@@ -1,4 +1,4 @@
-"""Weight files of a Hugging Face model folder: safetensors, single or sharded, read lazily and written shard by shard."""
+"""Weight files of a Hugging Face model folder: safetensors, one or many, read lazily, written one by one."""
 
 import json
 import os
@@ -96,6 +96,14 @@ class WeightFiles:
         return self._open[self._file_of[name]].get_slice(name)
 
 
+def weight_paths(folder: Path) -> list[Path]:
+    """The weight files of a folder. CheckpointError if one is missing."""
+    paths = [folder / file for file in _shards(folder)]
+    if lost := [path for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{folder} has no {lost[0].name}, which {INDEX} lists")
+    return paths
+
+
 def _shards(folder: Path) -> dict[str, set[str] | None]:
     """File name -> names of its tensors (None: whatever it holds)."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
@@ -154,8 +162,15 @@ class ShardWriter:
             return
         path = self._folder / f"shard-{len(self._written)}.partial"
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # the library makes them private
         self._written.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager
@@ -164,7 +179,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
     CheckpointError if `out` exists and is not an empty folder, unless `replace`.
     """
-    out = Path(os.path.abspath(out))
+    out = out.absolute()
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ _MAX_DIMS = 4
 def check_header(path: Path) -> None:
     """CheckpointError if a count, length or offset of the header points outside the file."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Walk(data).check()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

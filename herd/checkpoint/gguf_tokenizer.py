@@ -11,7 +11,8 @@ from herd.errors import CheckpointError
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 
 _LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -26,9 +27,9 @@ def tokenizer_files(path: Path, fields: dict[str, Any]) -> dict[str, bytes]:
             f"{path} has a {kind!r} vocabulary; only byte-level BPE ('gpt2') can be converted. "
             "Upcycle the model's Hugging Face folder instead"
         )
-    tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges")
-    types = fields.get("tokenizer.ggml.token_type")
-    if not all(isinstance(part, list) for part in (tokens, merges, types)) or len(tokens) != len(types):
+    parts: list[list[Any]] = [fields.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "merges", "token_type")]
+    tokens, merges, types = parts
+    if not all(isinstance(part, list) and part for part in parts) or len(tokens) != len(types):
         raise CheckpointError(f"{path} lacks the tokens, token types or merges of its vocabulary")
     core = _bpe(path, tokens, merges)
     core.pre_tokenizer = _splitting(path, split)
@@ -56,9 +57,12 @@ def _bpe(path: Path, tokens: list[str], merges: list[str]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{path} lists {len(tokens) - len(vocab)} tokens of its vocabulary twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if bad := next((merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None):
-        raise CheckpointError(f"{path} has a merge that is not a pair: {bad!r}")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise CheckpointError(f"{path} has a merge that is not a pair: {merge!r}")
+        pairs.append((left, right))
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     except Exception as error:  # the library raises bare Exception for merges outside the vocabulary
