@@ -65,7 +65,7 @@ def test_names_defined_twice_are_not_asked() -> None:
 def test_c_defines() -> None:
     text = "# a.h:1\n#define MAX_FOO 128 /* many */\n#define F(x) (x)\n#define MAX_FOO_BAR 12\n"
     asked = code.questions(text, Random(1))
-    assert [question.answer for question in asked] == ["#define MAX_FOO 128", "#define MAX_FOO_BAR 12"]
+    assert [question.answer for question in asked] == ["MAX_FOO 128", "MAX_FOO_BAR 12"]
 
 
 @pytest.mark.parametrize("split", words.SPLITS)
@@ -89,6 +89,7 @@ def test_kind_of_value(kind: str) -> None:
 def test_absent_says_the_name() -> None:
     question = code.absent("constant", Random(0), lambda name: False)
     assert question.answer == f"{question.key} is not in the context." and question.key in question.question
+    assert code.absent("docstring", Random(0), lambda name: False).answer.startswith("def ")
     assert facts.absent(Random(0)).answer.endswith(" is not in the context.")
 
 

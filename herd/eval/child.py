@@ -1,0 +1,42 @@
+"""One measured step in a process of its own: reads a JSON job from stdin, prints `first token` when it comes, a result.
+
+Job: mode (read | ask), model (folder), store (context folder), paths (read first if any), question.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+from herd.api import Context, load
+
+
+def main() -> None:
+    """Do the job that stdin describes."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    context = Context.open(job["store"], load(job["model"]))
+    result: dict[str, Any] = {"read_tokens": 0}
+    if job["paths"]:
+        start = time.perf_counter()
+        read = context.read(job["paths"])
+        result = {"read_s": time.perf_counter() - start, "tokens": read.tokens, "read_tokens": read.read_tokens}
+    if job["mode"] == "ask":
+        told: list[str] = []
+
+        def on_text(piece: str) -> None:
+            if not told:
+                print("first token", flush=True)
+            told.append(piece)
+
+        result["answer"] = context.ask(job["question"], on_text=on_text).text
+    # Linux gives kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

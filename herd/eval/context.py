@@ -1,0 +1,90 @@
+"""What a context costs: reading speed, bytes on disk, memory, time to the first token, and to ask after an edit.
+
+Every figure is taken in a process of its own, as a user would meet it; times count from the start of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from herd.api import Model
+from herd.errors import HerdError
+from herd.eval import corpus, report
+
+QUESTION = "What are the parameters of add_edge?"
+_EDIT = "HERD_EVALUATION_MARK = 20251\n"
+_EDIT_QUESTION = "What is the value of HERD_EVALUATION_MARK?"
+
+
+def context(
+    model: Model,
+    length: str | int,
+    workdir: Path,
+    progress: corpus.Progress,
+    *,
+    seed: int = 0,
+    packages: Sequence[str] = corpus.HELD_OUT,
+) -> report.Result:
+    """Read `length` tokens into a new context, ask twice, edit one file and ask again."""
+    tokens = corpus.tokens_of(length)
+    folder = workdir / f"context-{tokens}-{seed}"
+    store = folder / "context"
+    if store.exists():
+        raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
+    ordered = corpus.shuffled(corpus.package_files(packages), seed)
+    files, _ = corpus.fill(ordered, tokens, model.tokenizer, model.config.attention_chunk_size)
+    sources = corpus.write(files, folder / "sources")
+    roots = sorted(str(path) for path in sources.iterdir())
+    progress(f"reading {len(files):,} files")
+    read = _child("read", model, store, paths=roots)
+    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    progress("asking from a new process")
+    _child("ask", model, store, question=QUESTION)
+    second = _child("ask", model, store, question=QUESTION)
+    edited = sources / files[len(files) // 2].name
+    edited.write_text(_EDIT + edited.read_text(encoding="utf-8"), encoding="utf-8")
+    progress("asking after an edit")
+    after = _child("ask", model, store, paths=roots, question=_EDIT_QUESTION)
+    return {
+        "eval": "context",
+        "length": tokens,
+        "context_tokens": read["tokens"],
+        "read_s": read["read_s"],
+        "read_tokens_per_s": round(read["read_tokens"] / read["read_s"]),
+        "bytes_per_token": round(size / read["tokens"], 1),
+        "peak_memory_gb": {"read": read["peak_gb"], "ask": second["peak_gb"], "edit_and_ask": after["peak_gb"]},
+        "second_ask_first_token_s": second["wall_first_s"],
+        "edit_and_ask_first_token_s": after["wall_first_s"],
+        "edit_and_ask_s": after["wall_s"],
+        "edit_read_tokens": after["read_tokens"],
+        "edit_answer": after["answer"],
+    }
+
+
+def _child(mode: str, model: Model, store: Path, *, paths: Sequence[str] = (), question: str = "") -> dict[str, Any]:
+    """Run `herd.eval.child` and add the seconds from its start to its first token and its end."""
+    job = {"mode": mode, "model": str(model.path), "store": str(store), "paths": list(paths), "question": question}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "herd.eval.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(job))
+    process.stdin.close()
+    first: float | None = None
+    result: dict[str, Any] = {}
+    for line in process.stdout:
+        if line == "first token\n":
+            first = time.perf_counter() - start
+        else:
+            result = json.loads(line)
+    wall = time.perf_counter() - start
+    if process.wait() != 0 or not result:
+        raise HerdError(f"the measuring process ({mode}) ended with code {process.returncode}; its message is above")
+    return {**result, "wall_first_s": round(first, 2) if first is not None else None, "wall_s": round(wall, 2)}

@@ -1,0 +1,98 @@
+"""Held-out text for evaluation: whole Python packages that training never reads, cut to a number of tokens."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+
+from herd.context.chunks import Chunk, cut
+from herd.errors import ConfigError, SourceError
+from herd.prompt import Tokenizer
+
+HELD_OUT = ("networkx", "sympy", "asyncio", "http", "email")  # training recipes must not read these packages
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class File:
+    """One source; `name` is its path below the folder that is read, e.g. `networkx/classes/graph.py`."""
+
+    name: str
+    text: str
+
+
+def tokens_of(length: str | int) -> int:
+    """`8K` -> 8,192; `1M` -> 1,048,576; plain numbers as they are. ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+)([KM]?)", str(length).strip().upper())
+    if not found or int(found.group(1)) < 1:
+        raise ConfigError(f"{length!r} is no length; write tokens like 131072, 128K or 1M")
+    return int(found.group(1)) * {"": 1, "K": 1024, "M": 1024**2}[found.group(2)]
+
+
+def package_files(packages: Sequence[str]) -> list[File]:
+    """The Python files of installed packages, without their tests. SourceError for a package that is not installed."""
+    files: list[File] = []
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SourceError(f"package {package} is not installed here, and the evaluation reads its source")
+        root = Path(next(iter(spec.submodule_search_locations)))
+        for path in sorted(root.rglob("*.py")):
+            inner = path.relative_to(root.parent)
+            if not {"tests", "testing", "benchmarks", "__pycache__"} & set(inner.parts):
+                files.append(File(inner.as_posix(), path.read_text(encoding="utf-8", errors="replace")))
+    return [file for file in files if file.text.strip()]
+
+
+def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -> tuple[list[File], int]:
+    """The first files that together make `tokens` tokens of chunks (the last one is cut at a chunk), and how many.
+
+    SourceError if there are too few.
+    """
+    chosen: list[File] = []
+    have = 0
+    for file in files:
+        chunks = cut(file.name, file.text, tokenizer, chunk)
+        kept: list[Chunk] = []
+        for piece in chunks:
+            if have >= tokens:
+                break
+            kept.append(piece)
+            have += len(piece.ids)
+        if kept:
+            lines = file.text.splitlines(keepends=True)
+            chosen.append(file if len(kept) == len(chunks) else File(file.name, "".join(lines[: kept[-1].last_line])))
+        if have >= tokens:
+            return chosen, have
+    raise SourceError(f"the held-out packages hold {have:,} tokens; {tokens:,} were asked for: name a shorter length")
+
+
+def shuffled(files: list[File], seed: int) -> list[File]:
+    """The files in a random order that depends only on their names and the seed."""
+    order = sorted(files, key=lambda file: file.name)
+    Random(seed).shuffle(order)
+    return order
+
+
+def write(files: Sequence[File], folder: Path) -> Path:
+    """Write the files below `folder`, which holds nothing else afterwards; files that are the same stay untouched."""
+    wanted = {folder / file.name for file in files}
+    if folder.exists():
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and path not in wanted:
+                path.unlink()
+    for file in files:
+        path = folder / file.name
+        if path.is_dir():
+            shutil.rmtree(path)
+        if not path.is_file() or path.read_text(encoding="utf-8") != file.text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(file.text, encoding="utf-8")
+    return folder

@@ -1,0 +1,54 @@
+"""Scoring: what is exact and what is not."""
+
+from random import Random
+
+import pytest
+
+from herd.data import code, facts
+from herd.data.question import Question
+from herd.eval import score
+
+FACT = Question("fact", "?", "The code of Ada is 481.", "481", "Ada: 481", "481", "The code of Ada")
+CONSTANT = Question("constant", "?", "LIMIT: int = 5", "LIMIT: int = 5", "\nLIMIT: int = 5\n", "5", "LIMIT")
+PARAMETERS = Question("parameters", "?", "def f(a,\n      b=(1, 2))", "", "", "(a,\n      b=(1, 2))", "f")
+CLASS = Question("class", "?", "m in class C", "m in class C", " m in class C", "C", "m")
+DOC = Question("docstring", "?", 'def g(a):\n    """Do it.', "", "", "Do it.", "g")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "right"),
+    [
+        (FACT, " The code of Ada is 481.\n", True),
+        (FACT, "It is 481", True),
+        (FACT, "The code of Ada is 4812.", False),
+        (FACT, "The code of Ada is 481 or 482.", False),
+        (FACT, "The code of Ada is not in the context.", False),
+        (CONSTANT, "LIMIT = 5", True),
+        (CONSTANT, "The value of LIMIT is 5.", True),
+        (CONSTANT, "LIMIT = 50", False),
+        (PARAMETERS, "def f(a, b=(1, 2))", True),
+        (PARAMETERS, "f(a, b=(1, 2))", True),
+        (PARAMETERS, "def f(a, b=1)", False),
+        (PARAMETERS, "def other(a, b=(1, 2))", False),
+        (CLASS, "m in class C.", True),
+        (CLASS, "m in class Cat", False),
+        (DOC, 'def g(a): """Do it.', True),
+        (DOC, 'def g(a): """Do it not.', False),
+        (DOC.as_absent(), "g is not in the context.", True),
+        (DOC.as_absent(), 'def g(a): """Do it.', False),
+    ],
+)
+def test_exact(question: Question, answer: str, right: bool) -> None:
+    assert score.exact(answer, question) is right
+
+
+def test_the_expected_answer_is_always_exact() -> None:
+    rng = Random(0)
+    for _ in range(300):
+        question = facts.make(rng, rng.choice(["train", "held_out"])).questions[0]
+        assert score.exact(question.answer, question) and score.lenient(question.answer, question)
+        assert not score.exact(question.as_absent().answer, question)
+        assert score.exact(question.as_absent().answer, question.as_absent())
+    text = "# a.h:1\n#define MAX 128\n"
+    (define,) = code.questions(text, rng)
+    assert all(score.exact(text, define) for text in ("MAX 128", "#define MAX 128", "MAX = 128"))
