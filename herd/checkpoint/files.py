@@ -1,5 +1,6 @@
 """Weight files of a Hugging Face model folder: safetensors, one or many, read lazily, written one by one."""
 
+import glob
 import json
 import os
 import shutil
@@ -16,6 +17,14 @@ from herd.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What a model folder holds beside configuration and weights.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 SHARD_BYTES = 5_000_000_000
 
 
@@ -36,26 +45,41 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy tokenizer and generation settings from one model folder to another."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
 class WeightFiles:
     """Tensors of a folder by name; each is read from disk when it is asked for. Use as a context manager."""
 
-    def __init__(self, folder: Path):
-        """Opens every file and reads the headers. CheckpointError if a file is missing, damaged or inconsistent."""
+    def __init__(self, folder: Path, shards: Mapping[str, set[str] | None] | None = None):
+        """Opens every file and reads the headers. CheckpointError if a file is missing, damaged or inconsistent.
+
+        shards: files to open and the tensors each must hold (None: any); by default those of the model.
+        """
         self.folder = folder
         self._stack = ExitStack()
         self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         try:
-            for file, expected in _shards(folder).items():
+            for file, expected in (_shards(folder) if shards is None else shards).items():
                 self._add(file, expected)
         except BaseException:
             self._stack.close()
             raise
 
+    @classmethod
+    def of_file(cls, path: Path) -> "WeightFiles":
+        """The tensors of one safetensors file."""
+        return cls(path.parent, {path.name: None})
+
     def _add(self, file: str, expected: set[str] | None) -> None:
         path = self.folder / file
         if not path.is_file():
-            raise CheckpointError(f"{self.folder} has no {file}, which {INDEX} lists")
+            raise CheckpointError(f"{self.folder} has no file {file}")
         try:
             opened = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except (OSError, safetensors.SafetensorError, ValueError) as error:
@@ -182,17 +206,56 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     out = out.absolute()
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; remove it or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
     scratch, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(out)
+        scratch.mkdir()
         yield scratch
-        if out.exists():
-            out.rename(old)
-        scratch.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+        _swap_in(scratch, out, old)
+    except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap_in(scratch: Path, out: Path, old: Path) -> None:
+    """Give `scratch` the name `out`; what had that name is removed, or put back if this fails."""
+    if not out.exists():
+        scratch.rename(out)
+        return
+    out.rename(old)
+    try:
+        scratch.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
+
+
+def _clear_remains(out: Path) -> None:
+    """Remove scratch folders of killed processes; put back what one had moved aside before it could replace it."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{out.name}.").partition("-")
+        if kind not in ("new", "old") or not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
+            continue
+        if kind == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    """True also where that cannot be asked without harm (Windows)."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

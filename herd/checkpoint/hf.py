@@ -1,7 +1,6 @@
 """Loading and saving of Hugging Face Llama 4 folders (spec §6.1): config.json and safetensors, single or sharded."""
 
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from herd.checkpoint.files import SHARD_BYTES, ShardWriter, WeightFiles, new_folder, read_json, write_json
+from herd.checkpoint.files import (
+    SHARD_BYTES,
+    ShardWriter,
+    WeightFiles,
+    copy_companions,
+    new_folder,
+    read_json,
+    write_json,
+)
 from herd.config import TextConfig
 from herd.errors import CheckpointError
 from herd.model import Transformer
@@ -18,13 +25,6 @@ from herd.model import Transformer
 _log = logging.getLogger(__name__)
 _TEXT_PREFIX = "language_model."
 _OTHER_MODALITIES = ("vision_model.", "multi_modal_projector.")
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bool = False) -> Transformer:
@@ -74,9 +74,7 @@ def save(
         dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
         if companions_of is not None:
-            for name in _COMPANIONS:
-                if (source := Path(companions_of) / name).is_file():
-                    shutil.copyfile(source, folder / name)
+            copy_companions(Path(companions_of), folder)
 
 
 def read_config(path: str | Path) -> TextConfig:

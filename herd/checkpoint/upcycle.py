@@ -17,6 +17,8 @@ from herd.checkpoint.llama import LlamaSource, read_hf
 from herd.config import TextConfig
 from herd.errors import CheckpointError
 
+RECIPE_FILE = "upcycle.json"  # in the written folder: the arguments that determine its architecture and new weights
+RECIPE_KEYS = {"global_layer", "chunk", "experts", "expert_width", "extra_local", "seed"}
 _INIT_STD = 0.02
 _MAX_POSITIONS = 10_485_760
 
@@ -48,6 +50,8 @@ def upcycle(
     if not 1 <= global_layer <= depth:
         raise CheckpointError(f"global_layer is {global_layer}; the source has {depth} layers, so use 1 to {depth}")
     config = upcycled_config(origin, global_layer, chunk, experts, expert_width, extra_local)
+    recipe = {"global_layer": global_layer, "chunk": chunk, "experts": experts, "expert_width": expert_width}
+    recipe |= {"extra_local": extra_local, "seed": seed}
     with new_folder(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for name, tensor in _tensors(origin, config, global_layer, extra_local, seed):
@@ -55,6 +59,7 @@ def upcycle(
         writer.finish()
         stored = dtype or origin.tensor("model.embed_tokens.weight").dtype
         write_json(folder / "config.json", {**config.to_hf(), "dtype": str(stored).removeprefix("torch.")})
+        write_json(folder / RECIPE_FILE, recipe)
         _write_text_files(origin, config, folder, chat_template)
     return config
 

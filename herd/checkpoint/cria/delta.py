@@ -1,0 +1,146 @@
+"""The trained difference between an upcycled model and its finished form, as one safetensors file.
+
+It holds the inserted layers in full, and for other changed weights either the whole tensor or a low-rank pair
+`NAME.lora_a` [r, in], `NAME.lora_b` [out, r] with W += scale * b @ a. The file's metadata holds `scale` and the
+`recipe`: the arguments of `upcycle` that give the model it applies to.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from herd.checkpoint.files import ShardWriter, WeightFiles, copy_companions, read_json, write_json
+from herd.checkpoint.upcycle import RECIPE_FILE, RECIPE_KEYS
+from herd.config import TextConfig
+from herd.errors import CheckpointError
+
+_A, _B = ".lora_a", ".lora_b"
+
+
+def make_delta(
+    trained: Path | Mapping[str, Tensor],
+    init: Path,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """Write the difference between `trained` and the upcycled folder `init` to the file `out`.
+
+    trained: a model folder, or tensors by name, where `NAME.lora_a` and `NAME.lora_b` may stand beside or instead
+    of NAME (which is then taken as unchanged). Tensors are stored in the type `init` has.
+    Returns the bytes of each stored tensor. CheckpointError for tensors that do not belong to the model.
+    """
+    if isinstance(trained, Path):
+        with WeightFiles(trained) as weights:
+            return make_delta({n: weights.tensor(n) for n in weights.names}, init, out, scale=scale, metadata=metadata)
+    config = TextConfig.from_hf(read_json(init / "config.json"))
+    recipe = read_json(init / RECIPE_FILE)
+    new_layers = inserted_layers(config, recipe)
+    with WeightFiles(init) as base:
+        kept = dict(_changes(trained, base, new_layers))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.new")
+    info = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), "scale": repr(float(scale))}
+    save_file(kept, scratch, metadata={**(metadata or {}), **info})
+    scratch.chmod(0o644)
+    scratch.replace(out)
+    return {name: tensor.nbytes for name, tensor in kept.items()}
+
+
+def inserted_layers(config: TextConfig, recipe: Mapping[str, Any]) -> tuple[int, ...]:
+    """Indices of the layers that upcycling added."""
+    at = config.global_layers[0]
+    return (at - 1, at) if recipe["extra_local"] else (at,)
+
+
+def read_recipe(delta: Path) -> dict[str, Any]:
+    """The arguments of `upcycle` for the model a delta applies to. CheckpointError if it is missing or damaged."""
+    recipe, _ = _metadata(delta)
+    return recipe
+
+
+def apply_delta(init: Path, delta: Path, out: Path) -> None:
+    """Write the finished model to the existing folder `out`, tokenizer included.
+
+    CheckpointError if the delta is damaged or does not fit the model in `init`.
+    """
+    recipe, scale = _metadata(delta)
+    if recipe != (found := read_json(init / RECIPE_FILE)):
+        raise CheckpointError(f"{delta} is for a model upcycled with {recipe}, {init} was made with {found}")
+    with WeightFiles(init) as base, WeightFiles.of_file(delta) as changes:
+        _check_names(changes, base, delta)
+        writer = ShardWriter(out)
+        for name in sorted(base.names):
+            writer.add(name, _changed(name, base, changes, scale))
+        writer.finish()
+    copy_companions(init, out)
+    write_json(out / "config.json", read_json(init / "config.json"))
+
+
+def _metadata(delta: Path) -> tuple[dict[str, Any], float]:
+    if not delta.is_file():
+        raise CheckpointError(f"{delta} is missing; reinstall herd, or make it with `herd train recipes/cria.toml`")
+    try:
+        with safetensors.safe_open(delta, framework="pt") as file:
+            info = file.metadata() or {}
+        recipe, scale = json.loads(info["recipe"]), float(info["scale"])
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{delta} is not a readable delta: {error!r}") from error
+    if not isinstance(recipe, dict) or set(recipe) != RECIPE_KEYS:
+        raise CheckpointError(f"{delta} has no valid recipe in its metadata; expected {', '.join(sorted(RECIPE_KEYS))}")
+    return recipe, scale
+
+
+def _changes(
+    trained: Mapping[str, Tensor], base: WeightFiles, new_layers: tuple[int, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """What the delta has to store: tensors of new layers, changed tensors, low-rank pairs."""
+    new = tuple(f"model.layers.{i}." for i in new_layers)
+    names = {name for name in base.names if name.startswith(new)} - trained.keys()
+    if names:
+        raise CheckpointError(f"the trained tensors lack {len(names)} of the inserted layers, first {min(names)}")
+    for name in sorted(trained):
+        target = name.removesuffix(_A).removesuffix(_B)
+        if target not in base.names:
+            raise CheckpointError(f"{name} does not belong to the model in {base.folder}")
+        original = base.tensor(target)
+        value = trained[name].detach().to(original.dtype).contiguous()
+        if target != name:
+            yield name, value
+        elif value.shape != original.shape:
+            raise CheckpointError(f"{name} has shape {list(value.shape)}, expected {list(original.shape)}")
+        elif name.startswith(new) or not torch.equal(value, original):
+            yield name, value
+
+
+def _check_names(changes: WeightFiles, base: WeightFiles, delta: Path) -> None:
+    for name in changes.names:
+        target = name.removesuffix(_A).removesuffix(_B)
+        if target not in base.names:
+            raise CheckpointError(f"{delta} changes {target}, which the model in {base.folder} does not have")
+        shape = base.shape(target)
+        pair = {target + _A, target + _B}
+        if name == target:
+            fits = changes.shape(name) == shape
+        elif not pair <= changes.names or len(shape) != 2:
+            fits = False
+        else:
+            (rank_a, columns), (rows, rank_b) = changes.shape(target + _A), changes.shape(target + _B)
+            fits = rank_a == rank_b and (rows, columns) == shape
+        if not fits:
+            raise CheckpointError(f"{delta}: {name} of shape {list(changes.shape(name))} does not fit {list(shape)}")
+
+
+def _changed(name: str, base: WeightFiles, changes: WeightFiles, scale: float) -> Tensor:
+    value = changes.tensor(name) if name in changes.names else base.tensor(name)
+    if name + _A in changes.names:
+        a, b = changes.tensor(name + _A).float(), changes.tensor(name + _B).float()
+        value = (value.float() + scale * (b @ a)).to(value.dtype)
+    return value
