@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from herd.errors import CheckpointError, ConfigError, ContextError, HerdError, PromptError, SourceError
 
 if TYPE_CHECKING:
-    from herd.api import Answer, Citation, Context, Model, load
+    from herd.api import Answer, Citation, Context, Model, ReadReport, Sampler, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "HerdError",
     "Model",
     "PromptError",
+    "ReadReport",
+    "Sampler",
     "SourceError",
     "load",
 ]
@@ -26,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch takes two seconds to import, and `herd --help` needs none of it.
-    if name in ("Answer", "Citation", "Context", "Model", "load"):
+    if name in __all__:
         return getattr(import_module("herd.api"), name)
     raise AttributeError(f"module 'herd' has no attribute {name!r}")
 

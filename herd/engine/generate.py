@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from herd.config import TextConfig
 from herd.engine.sampler import Sampler
 from herd.errors import PromptError
 from herd.model import Cache, KVCache, Transformer
@@ -71,7 +72,7 @@ def stream(
     prompt, an id outside the vocabulary, or a length that does not fit max_position_embeddings.
     """
     cfg = transformer.config
-    _check(prompts, cfg.vocab_size, start_position + max_tokens, cfg.max_position_embeddings)
+    check_prompts(cfg, prompts, start_position + max_tokens)
     if not prompts or max_tokens < 1:
         return
     cache = KVCache(cfg) if cache is None else cache
@@ -118,13 +119,18 @@ def _prefill(
     return logits_BV
 
 
-def _check(prompts: Sequence[Sequence[int]], vocab_size: int, others: int, limit: int) -> None:
+def check_prompts(cfg: TextConfig, prompts: Sequence[Sequence[int]], others: int = 0) -> None:
+    """PromptError for an empty prompt, an id outside the vocabulary, or more positions than the model has.
+
+    others: positions needed besides the prompt (what stands before it, and the answer).
+    """
+    limit = cfg.max_position_embeddings
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise PromptError(f"prompt {row} is empty; a model needs at least one token to go on from")
-        wrong = next((i for i in prompt if not 0 <= i < vocab_size), None)
+        wrong = next((i for i in prompt if not 0 <= i < cfg.vocab_size), None)
         if wrong is not None:
-            raise PromptError(f"prompt {row} holds the id {wrong}; the vocabulary has ids 0 to {vocab_size - 1}")
+            raise PromptError(f"prompt {row} holds the id {wrong}; the vocabulary has ids 0 to {cfg.vocab_size - 1}")
         if len(prompt) + others > limit:
             raise PromptError(
                 f"prompt {row} needs {len(prompt) + others:,} positions (context, prompt and answer); "

@@ -1,0 +1,194 @@
+"""Herd from Python: load a model, read files into a context, ask.
+
+Shape suffixes: T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from herd import checkpoint, engine
+from herd.config import TextConfig
+from herd.context.cache import ContextCache
+from herd.context.read import Progress, ReadReport, read
+from herd.context.store import SourceInfo, Store, spec_for
+from herd.engine import Sampler
+from herd.model import Transformer
+from herd.prompt import Tokenizer
+from herd.prompt.ask import ask_prompt
+
+OnText = Callable[[str], None]
+MAX_CITATIONS = 5
+MIN_CITATION = 0.05  # share of the attention to the context; an answer that found nothing spreads it thin
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model. `fingerprint` names its weights; a context is bound to the fingerprint that read it."""
+
+    path: Path
+    config: TextConfig
+    tokenizer: Tokenizer
+    transformer: Transformer
+    fingerprint: str
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits after each token of one sequence, float32 [T, V]. PromptError for no ids or one out of range."""
+        engine.check_prompts(self.config, [ids])
+        return self.transformer(torch.tensor([list(ids)]))[0]
+
+    def generate(
+        self, ids: Sequence[int], *, max_tokens: int, sampler: Sampler | None = None, on_text: OnText | None = None
+    ) -> list[int]:
+        """Token ids that follow `ids`, up to and without the end token. sampler None: greedy.
+
+        on_text is called with each new piece of text. PromptError if prompt and answer do not fit the model.
+        """
+        text = self.tokenizer.stream()
+        new: list[int] = []
+        ends = self.tokenizer.eos_ids
+        for token in engine.stream(self.transformer, [ids], max_tokens=max_tokens, eos_ids=ends, sampler=sampler):
+            if token.id not in ends:
+                new.append(token.id)
+                if on_text is not None:
+                    on_text(text.push(token.id))
+        if on_text is not None:
+            on_text(text.finish())
+        return new
+
+
+def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
+    """Load "cria", or a folder in Hugging Face's Llama 4 layout. dtype None: as stored.
+
+    CheckpointError or ConfigError if there is no such model or it cannot be loaded.
+    """
+    folder = find_model(path_or_name)
+    transformer = checkpoint.load(folder, dtype)
+    tokenizer = Tokenizer.load(folder)
+    return Model(folder, transformer.config, tokenizer, transformer, checkpoint.fingerprint(folder))
+
+
+def find_model(path_or_name: str | Path) -> Path:
+    """The folder of a model. A folder named like the model wins over the name."""
+    if str(path_or_name) == "cria" and not Path(path_or_name).exists():
+        from herd.checkpoint import cria  # TEMPORARY
+
+        return cria.cria_path()
+    return Path(path_or_name)
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Lines first..last (1-based, inclusive) of a source, and their share of the answer's attention to the context."""
+
+    source: str
+    lines: tuple[int, int]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and the chunks that carried its attention, the heaviest first."""
+
+    text: str
+    citations: tuple[Citation, ...]
+    ids: tuple[int, ...]
+
+
+class Context:
+    """What one model has read: a durable folder that is asked, and kept up to date, through this object."""
+
+    def __init__(self, store: Store, model: Model) -> None:
+        """Use `Context.open`."""
+        self._store, self._model = store, model
+
+    @classmethod
+    def open(cls, folder: str | Path, model: Model) -> "Context":
+        """Open a context folder; a missing or empty folder becomes an empty context.
+
+        ContextError if another model read it, it is damaged, or the model has not exactly one global layer.
+        """
+        return cls(Store.open(folder, spec_for(model.config, model.fingerprint)), model)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return self._store.folder
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it holds."""
+        return self._store.tokens
+
+    @property
+    def sources(self) -> list[SourceInfo]:
+        """Every source in it, with its name, path, chunks and tokens."""
+        return list(self._store.sources)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(name, reason) of everything that was found and not read."""
+        return list(self._store.skipped)
+
+    def read(self, paths: Iterable[str | Path], *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
+        """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
+
+        SourceError for a path that does not exist; what was found but cannot be read is listed in the report.
+        """
+        return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress)
+
+    def ask(self, question: str, *, max_tokens: int = 256, on_text: OnText | None = None) -> Answer:
+        """Answer one question, greedily; on_text is called with each new piece of text.
+
+        PromptError if context, question and answer need more positions than the model has.
+        """
+        return self._ask([question], max_tokens, on_text)[0]
+
+    def ask_many(self, questions: Sequence[str], *, max_tokens: int = 256) -> list[Answer]:
+        """Answers to independent questions, the same as one by one; each pass over the context serves them all."""
+        return self._ask(questions, max_tokens, None)
+
+    def _ask(self, questions: Sequence[str], max_tokens: int, on_text: OnText | None) -> list[Answer]:
+        tokenizer = self._model.tokenizer
+        cache = ContextCache(self._store, self._model.config)
+        text = tokenizer.stream()
+        rows: list[list[int]] = [[] for _ in questions]
+        stream = engine.stream(
+            self._model.transformer,
+            [ask_prompt(tokenizer, question) for question in questions],
+            max_tokens=max_tokens,
+            cache=cache,
+            eos_ids=tokenizer.eos_ids,
+            start_position=cache.start_position,
+        )
+        for token in stream:
+            if token.id not in tokenizer.eos_ids:
+                rows[token.row].append(token.id)
+                if on_text is not None:
+                    on_text(text.push(token.id))
+        if on_text is not None:
+            on_text(text.finish())
+        return [
+            Answer(tokenizer.decode(ids), self._citations(cache.mass_BC, row), tuple(ids))
+            for row, ids in enumerate(rows)
+        ]
+
+    def _citations(self, mass_BC: Tensor | None, row: int) -> tuple[Citation, ...]:
+        if mass_BC is None:  # an empty context
+            return ()
+        share_C = mass_BC[row] / mass_BC[row].sum()
+        top = share_C.topk(min(MAX_CITATIONS, len(share_C)))
+        return tuple(
+            self._citation(index, weight)
+            for weight, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            if weight >= MIN_CITATION
+        )
+
+    def _citation(self, index: int, weight: float) -> Citation:
+        chunk = self._store.chunks[index]
+        source = self._store.sources[self._store.source_of[index]]
+        return Citation(source.name, (chunk.first_line, chunk.last_line), weight)

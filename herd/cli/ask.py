@@ -1,0 +1,98 @@
+"""`herd ask`: the main job, a question and files in, an answer with citations out."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import herd
+from herd.cli.output import STARTED, JsonFlag, ModelOption, examples, interruptible, note, print_json
+from herd.cli.progress import reading
+from herd.cli.read import KEPT
+from herd.cli.report import TextOut, citation_json, context_json, print_citations, print_report, tokens_per_s
+from herd.errors import PromptError
+
+NAME = "ask"
+EXAMPLES = examples(
+    'herd ask "What is the default timeout?" src docs manual.pdf',
+    'herd ask "What is the default timeout?" --context ./ctx',
+    'herd ask "Which class contains putheader?" src --context ./ctx --json',
+)
+
+
+def command(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH...]", help="Files, folders, or - for stdin, to read first.")
+    ] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option("--context", "-c", metavar="DIR", help="The context. Default: one in the cache for these paths."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    model: ModelOption = "cria",
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer a question from files: read what is new into a durable context, then ask it.
+
+    The answer is followed by its citations, source:first-last line with the share of attention they carried.
+    Times in --json are seconds; first_token_s and answer_s count from the start of the command.
+    """
+    if context is None and not paths:
+        raise PromptError("nothing to answer from; name files or folders, or --context DIR")
+    loaded = herd.load(model)
+    folder = context or cached_context(paths or [], loaded.fingerprint)
+    opened = herd.Context.open(folder, loaded)
+    report = None
+    if paths:
+        with interruptible(KEPT), reading() as progress:
+            report = opened.read(paths, progress=progress)
+        if not as_json:
+            print_report(report)
+    out = _Clocked(quiet=as_json)
+    with interruptible("the context is kept; ask again any time"):
+        answer = opened.ask(question, max_tokens=max_tokens, on_text=out)
+    done = time.perf_counter() - STARTED
+    timing = {
+        "read_s": report.seconds if report else 0.0,
+        "first_token_s": out.first or done,
+        "answer_s": done,
+        "read_tokens_per_s": tokens_per_s(report),
+    }
+    if as_json:
+        print_json(_result(answer, context_json(opened, report), timing))
+        return
+    out.end()
+    print_citations(answer)
+    note(f"first token after {timing['first_token_s']:.1f} s, answer after {done:.1f} s")
+
+
+def cached_context(paths: list[str], fingerprint: str) -> Path:
+    """Where the context of these paths and this model lives when no folder is named."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = sorted({path if path == "-" else os.path.abspath(path) for path in paths})
+    key = hashlib.sha256(b"\0".join([fingerprint.encode(), *map(os.fsencode, places)])).hexdigest()
+    return cache / "herd" / "contexts" / key[:24]
+
+
+def _result(answer: "herd.Answer", context: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "citations": [citation_json(citation) for citation in answer.citations],
+        "context": context,
+        "timing": {name: round(value, 3) for name, value in timing.items()},
+    }
+
+
+class _Clocked(TextOut):
+    """Also notes when the first piece of the answer came."""
+
+    first: float | None = None
+
+    def __call__(self, piece: str) -> None:
+        if self.first is None:
+            self.first = time.perf_counter() - STARTED
+        super().__call__(piece)

@@ -1,0 +1,73 @@
+"""`herd chat`: a conversation in the terminal, with a context or without."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import herd
+from herd.cli.output import Interrupted, JsonFlag, ModelOption, examples, print_json
+from herd.cli.report import TextOut, citation_json, print_citations
+from herd.errors import PromptError
+
+NAME = "chat"
+EXAMPLES = examples("herd chat", "herd chat --context ./ctx", "echo 'What is a llama?' | herd chat --json")
+
+
+def command(
+    context: Annotated[
+        Path | None, typer.Option("--context", "-c", metavar="DIR", help="Answer each line from this context.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; without --context only.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    model: ModelOption = "cria",
+    as_json: JsonFlag = False,
+) -> None:
+    """Chat, one line per turn, until Ctrl-D.
+
+    Without a context the model sees the whole conversation. With one, each line is a question of its own about what
+    the context holds. --json prints the list of turns at the end.
+    """
+    from herd.engine import Sampler
+
+    sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
+    if context is not None and temperature:
+        raise PromptError("answers from a context are greedy; leave --temperature out, or --context")
+    loaded = herd.load(model)
+    opened = None if context is None else herd.Context.open(context, loaded)
+    turns: list[dict[str, Any]] = []
+    try:
+        for line in _lines():
+            out = TextOut(quiet=as_json)
+            turns.append({"role": "user", "content": line})
+            if opened is not None:
+                answer = opened.ask(line, max_tokens=max_tokens, on_text=out)
+                reply = {"content": answer.text, "citations": [citation_json(c) for c in answer.citations]}
+            else:
+                ids = loaded.tokenizer.chat([{"role": t["role"], "content": t["content"]} for t in turns])
+                new = loaded.generate(ids, max_tokens=max_tokens, sampler=sampler, on_text=out)
+                reply = {"content": loaded.tokenizer.decode(new)}
+            out.end()
+            if opened is not None and not as_json:
+                print_citations(answer)
+            turns.append({"role": "assistant", **reply})
+    except KeyboardInterrupt:
+        raise Interrupted("the conversation is not kept; a context is left as it was") from None
+    if as_json:
+        print_json(turns)
+
+
+def _lines() -> Iterator[str]:
+    """The user's turns; blank lines are left out."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line

@@ -1,0 +1,58 @@
+"""What all verbs share: where output goes, and how errors and interruptions end a command."""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+STARTED = time.perf_counter()  # the command imports this module first
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME|DIR", help="cria, or a folder in Hugging Face's Llama 4 layout.")
+]
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with a sentence that says what is kept."""
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Turn Ctrl-C inside into one line that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(kept) from None
+
+
+def examples(*commands: str) -> str:
+    """The epilog of a verb's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """The machine-readable result, on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def fail(error: BaseException, code: int, *, debug: bool) -> int:
+    """Print one line (before it the traceback, with --debug) and return the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split())
+    if code == 2:
+        note(f"error: {text}")
+    else:
+        note(f"failed: {type(error).__name__}: {text} (where: the same with --debug before the verb)")
+    return code

@@ -1,0 +1,39 @@
+"""The progress bar of reading, on stderr and only for a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from herd.context.read import Progress as ReadProgress
+
+
+@contextmanager
+def reading() -> Iterator[Callable[["ReadProgress"], None] | None]:
+    """A callback for Context.read that draws files, tokens, tokens/s and time left; None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(at: "ReadProgress") -> None:
+            left = "" if at.eta_s is None else f", {_clock(at.eta_s)} left"
+            text = (
+                f"{at.sources:,}/{at.sources_total:,} files, {at.read_tokens:,} tokens, {at.tokens_per_s:,.0f}/s{left}"
+            )
+            spent = at.read_tokens / at.tokens_per_s if at.tokens_per_s else 0.0
+            total = None if at.eta_s is None else spent + at.eta_s
+            bar.update(task, description=text, completed=spent, total=total)
+
+        yield show
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -1,0 +1,36 @@
+"""`herd read`: files into a context."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import herd
+from herd.cli.output import JsonFlag, ModelOption, examples, interruptible, print_json
+from herd.cli.progress import reading
+from herd.cli.report import context_json, print_report, tokens_per_s
+
+NAME = "read"
+EXAMPLES = examples(
+    "herd read src docs manual.pdf --context ./ctx",
+    "herd read . --context ./ctx --json",
+    "git log -p | herd read - --context ./ctx",
+)
+KEPT = "what was read so far is kept; the same command goes on from there"
+
+
+def command(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for stdin.")],
+    context: Annotated[Path, typer.Option("--context", "-c", metavar="DIR", help="The context; made if missing.")],
+    model: ModelOption = "cria",
+    as_json: JsonFlag = False,
+) -> None:
+    """Read files and folders into a durable context. What did not change is not read again."""
+    with interruptible(KEPT), reading() as progress:
+        opened = herd.Context.open(context, herd.load(model))
+        report = opened.read(paths, progress=progress)
+    if as_json:
+        timing = {"read_s": report.seconds, "read_tokens_per_s": tokens_per_s(report)}
+        print_json({"context": context_json(opened, report), "timing": timing})
+    else:
+        print_report(report)

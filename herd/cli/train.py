@@ -1,0 +1,27 @@
+"""`herd train`: run one recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from herd.cli.output import JsonFlag, examples, interruptible, print_json
+
+NAME = "train"
+EXAMPLES = examples("herd train recipes/cria.toml", "herd train recipes/cria.toml --run-dir runs/cria --resume")
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/ holds ours.")],
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train by a recipe. Checkpoints and metrics stand in the folder of the run."""
+    from herd import train
+
+    folder = run_dir or Path("runs") / recipe.stem
+    with interruptible(f"the last checkpoint in {folder} is kept; --resume goes on from it"):
+        result = train.run(recipe, folder, resume=resume)
+    if as_json:
+        print_json(result)

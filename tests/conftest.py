@@ -1,0 +1,62 @@
+"""A tiny model folder with random weights, for tests of everything that stands on a model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from herd import checkpoint
+from herd.config import TextConfig
+from herd.model import Transformer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_config() -> TextConfig:
+    """Three layers, the middle one global with experts; chunks of 64 tokens; one token per byte."""
+    return TextConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=16,
+        intermediate_size_mlp=24,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        max_position_embeddings=1 << 20,
+        nope_layer_interval=2,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=64,
+        use_qk_norm=False,
+        tie_word_embeddings=True,
+        eos_token_id=(258,),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: random weights, a byte-level tokenizer, ChatML."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    model = Transformer(tiny_config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    checkpoint.save(model, folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    core.save(str(folder / "tokenizer.json"))
+    settings = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
