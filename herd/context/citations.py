@@ -1,0 +1,77 @@
+"""Where an answer comes from: the chunks that its tokens attended to, narrowed to the lines that carried the mass."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from herd.context.cache import ContextCache
+from herd.context.manifest import ChunkRow
+
+MAX_CITATIONS = 5
+MIN_WEIGHT = 0.1  # of all attention that the context received
+_LINE_SHARE = 0.8  # of the chunk's attention that the cited lines hold
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Lines first..last (1-based, inclusive) of a source and their chunk's share of the attention, 0 to 1."""
+
+    source: str
+    lines: tuple[int, int]
+    weight: float
+
+
+def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
+    """Citations of sequence `row` of the batch, heaviest first: those of at least MIN_WEIGHT, or the heaviest one."""
+    mass_C = cache.mass_BC[row]
+    total = float(mass_C.sum())
+    if total <= 0:
+        return []
+    weights, chunks = (mass_C / total).topk(min(MAX_CITATIONS, len(mass_C)))
+    store = cache.store
+    found = []
+    for rank, (weight, chunk) in enumerate(zip(weights.tolist(), chunks.tolist(), strict=True)):
+        if rank and weight < MIN_WEIGHT:
+            break
+        place = store.chunks[chunk]
+        lines = _narrow(_lines(store.ids(chunk), place.first_line, tokenizer), cache.token_mass(row, chunk))
+        found.append(Citation(store.sources[store.source_of[chunk]].name, lines or _span(place), round(weight, 4)))
+    return found
+
+
+def _span(place: ChunkRow) -> tuple[int, int]:
+    return place.first_line, place.last_line
+
+
+def _lines(ids: list[int], first_line: int, tokenizer: Decoder) -> list[int]:
+    """The line of the source that each token stands in; 0 for the tokens of the header."""
+    lines, line = [], first_line - 1
+    for i in ids:
+        lines.append(line if line >= first_line else 0)
+        line += tokenizer.decode([i]).count("\n")
+    return lines
+
+
+def _narrow(lines: list[int], mass: Tensor) -> tuple[int, int] | None:
+    """The lines around the heaviest one that hold _LINE_SHARE of the mass; None if the header holds most of it."""
+    by_line: dict[int, float] = {}
+    for line, share in zip(lines, mass.tolist(), strict=True):
+        by_line[line] = by_line.get(line, 0.0) + share
+    header = by_line.pop(0, 0.0)
+    body = sum(by_line.values())
+    if body <= header:
+        return None
+    first = last = max(by_line, key=by_line.__getitem__)
+    held = by_line[first]
+    while held < _LINE_SHARE * body:
+        before, after = by_line.get(first - 1, -1.0), by_line.get(last + 1, -1.0)
+        if before > after:
+            first, held = first - 1, held + before
+        else:
+            last, held = last + 1, held + after
+    return first, last

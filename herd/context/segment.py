@@ -1,0 +1,186 @@
+"""One segment: a file with the K/V of a run of chunks, written once, synced, never changed, memory-mapped to be read.
+
+Layout: a header of 128 bytes, then four arrays, each aligned to 64 bytes: K [G, N, d], V [G, N, d], and for int8 the
+scales of K and of V [G, N] float16. Per head contiguous, so that a scan streams through memory.
+
+Shape suffixes: G key/value heads, N tokens of the segment, d head_dim.
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from herd.errors import ContextError
+from herd.kernels import quantize_kv
+
+SUFFIX = ".kv"
+_MAGIC = b"HERDKV01"
+_HEADER = struct.Struct("<8sIIIIQ32s")  # magic, dtype, heads, head_dim, reserved, tokens, fingerprint digest
+_HEADER_BYTES = 128
+_ALIGN = 64
+_DTYPES = {"int8": 1, "float32": 2}
+_MAX_TOKENS = 1 << 32
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What all K/V of one context have in common. `fingerprint` names the model that read it."""
+
+    fingerprint: str
+    kv_heads: int
+    head_dim: int
+    chunk: int  # tokens
+    dtype: str = "int8"  # or float32, which keeps K/V as the model computed them
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ContextError(f"K/V can be kept as int8 or float32, not {self.dtype!r}")
+
+    def to_meta(self) -> dict[str, str]:
+        return {name: str(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, str]) -> "Spec":
+        try:
+            kv_heads, head_dim, chunk = (int(meta[name]) for name in ("kv_heads", "head_dim", "chunk"))
+            return cls(meta["fingerprint"], kv_heads, head_dim, chunk, meta["dtype"])
+        except (KeyError, ValueError) as error:
+            raise ContextError(f"the manifest does not describe a context ({error})") from error
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values [G, N, d], int8 with float16 scales [G, N], or float32 without."""
+
+    k_GNd: Tensor
+    v_GNd: Tensor
+    k_scale_GN: Tensor | None
+    v_scale_GN: Tensor | None
+
+    def arrays(self) -> list[Tensor]:
+        return [a for a in (self.k_GNd, self.v_GNd, self.k_scale_GN, self.v_scale_GN) if a is not None]
+
+    def __len__(self) -> int:
+        return self.k_GNd.shape[1]
+
+    def part(self, start: int, stop: int) -> "KV":
+        scales = (None if s is None else s[:, start:stop] for s in (self.k_scale_GN, self.v_scale_GN))
+        return KV(self.k_GNd[:, start:stop], self.v_GNd[:, start:stop], *scales)
+
+    def crc(self) -> int:
+        """Checksum over the bytes of all arrays, in order."""
+        value = 0
+        for array in self.arrays():
+            for row in array:
+                value = zlib.crc32(row.contiguous().numpy(), value)
+        return value
+
+
+def pack(k_TGd: Tensor, v_TGd: Tensor, spec: Spec) -> KV:
+    """Keys and values of one chunk as the model computed them → as the context keeps them."""
+    k_GNd, v_GNd = k_TGd.transpose(0, 1), v_TGd.transpose(0, 1)
+    if spec.dtype == "float32":
+        return KV(k_GNd.float().contiguous(), v_GNd.float().contiguous(), None, None)
+    (k8, ks), (v8, vs) = quantize_kv(k_GNd), quantize_kv(v_GNd)
+    return KV(k8.contiguous(), v8.contiguous(), ks.contiguous(), vs.contiguous())
+
+
+def join(parts: list[KV]) -> KV:
+    columns = zip(*(part.arrays() for part in parts), strict=True)
+    arrays: list[Tensor | None] = [torch.cat(column, 1) for column in columns]
+    return KV(*[*arrays, None, None][:4])  # type: ignore[arg-type]
+
+
+def write(path: Path, kv: KV, spec: Spec) -> int:
+    """Write a new segment file and sync it; returns its size in bytes. An OSError leaves no file behind."""
+    offsets, size = _layout(spec, len(kv))
+    try:
+        with path.open("xb") as file:
+            file.write(_header(spec, len(kv)))
+            for offset, array in zip(offsets, kv.arrays(), strict=True):
+                file.seek(offset)
+                file.write(array.contiguous().numpy().data)
+            file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created or removed in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def load(path: Path, tokens: int, spec: Spec) -> KV:
+    """Map a segment file. Its header and size must be what the manifest says; ContextError names the fix if not.
+
+    The mapping stays valid when the file is unlinked, so a reader keeps its snapshot.
+    """
+    offsets, size = _layout(spec, tokens)
+    with path.open("rb") as file:
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size:
+            raise ContextError(damaged(path, f"{actual:,} bytes instead of {size:,}"))
+        if file.read(_HEADER_BYTES) != _header(spec, tokens):
+            raise ContextError(damaged(path, "its header does not match the manifest"))
+        # Copy-on-write: torch wants memory it may write to, and the file must never change.
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    data.madvise(mmap.MADV_WILLNEED)
+    G, d = spec.kv_heads, spec.head_dim
+    kinds = [(torch.int8, (G, tokens, d))] * 2 + [(torch.float16, (G, tokens))] * 2
+    if spec.dtype == "float32":
+        kinds = [(torch.float32, (G, tokens, d))] * 2
+    arrays: list[Tensor | None] = [
+        torch.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset).view(shape)
+        for offset, (dtype, shape) in zip(offsets, kinds, strict=True)
+    ]
+    return KV(*[*arrays, None, None][:4])  # type: ignore[arg-type]
+
+
+def damaged(path: Path, what: str) -> str:
+    folder = path.parent
+    return (
+        f"segment {path.name} of {folder} is damaged: {what}; "
+        f"run `herd context compact {folder}` to drop it, then read the sources again"
+    )
+
+
+def bytes_per_token(spec: Spec) -> int:
+    return 2 * spec.kv_heads * (spec.head_dim + 2 if spec.dtype == "int8" else 4 * spec.head_dim)
+
+
+def _header(spec: Spec, tokens: int) -> bytes:
+    digest = hashlib.blake2b(spec.fingerprint.encode(), digest_size=32).digest()
+    head = _HEADER.pack(_MAGIC, _DTYPES[spec.dtype], spec.kv_heads, spec.head_dim, 0, tokens, digest)
+    return head.ljust(_HEADER_BYTES, b"\0")
+
+
+def _layout(spec: Spec, tokens: int) -> tuple[list[int], int]:
+    """Byte offset of each array, and the size of the file."""
+    if not 0 < tokens < _MAX_TOKENS:
+        raise ContextError(f"a segment of {tokens} tokens is impossible; the manifest is damaged")
+    values = spec.kv_heads * tokens * spec.head_dim
+    sizes = [values, values, 2 * spec.kv_heads * tokens, 2 * spec.kv_heads * tokens]
+    if spec.dtype == "float32":
+        sizes = [4 * values, 4 * values]
+    offsets, end = [], _HEADER_BYTES
+    for size in sizes:
+        offsets.append(-(-end // _ALIGN) * _ALIGN)
+        end = offsets[-1] + size
+    return offsets, end

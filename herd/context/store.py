@@ -1,0 +1,344 @@
+"""A context on disk: a folder with a manifest, segments of K/V and a lock. One writer, many readers.
+
+A Store is a reader's snapshot: it maps the segments it saw and is not disturbed by later writes; `refresh` moves it on.
+Everything is written in one order (bytes, sync, rows, commit), so a crash at any moment leaves the last committed
+state, and a file that no row names is removed by the next writer.
+"""
+
+import fcntl
+import hashlib
+import os
+import secrets
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from herd.config import TextConfig
+from herd.context import manifest, segment
+from herd.context.manifest import ChunkRow, SegmentRow, SourceRow
+from herd.context.segment import KV, Spec
+from herd.errors import ContextError
+
+SEGMENT_TOKENS = 1 << 16
+_LOCK = "lock"
+
+
+def spec_for(cfg: TextConfig, fingerprint: str, dtype: str = "int8") -> Spec:
+    """How K/V of this model are kept. ContextError for models whose chunks cannot be read on their own."""
+    if len(cfg.global_layers) != 1 or cfg.attention_chunk_size is None:
+        raise ContextError(
+            f"a context needs a model with one global layer and chunked local layers; this one has "
+            f"{len(cfg.global_layers)} global layers and attention_chunk_size {cfg.attention_chunk_size}"
+        )
+    return Spec(fingerprint, cfg.num_key_value_heads, cfg.head_dim, cfg.attention_chunk_size, dtype)
+
+
+@dataclass(frozen=True)
+class NewChunk:
+    """A chunk to be stored: its hash, token ids and the lines of the source it holds."""
+
+    hash: bytes
+    ids: list[int]
+    first_line: int
+    last_line: int
+
+
+@dataclass(frozen=True)
+class NewSource:
+    """A source whose chunks (by hash, in order) are all stored, or come with the same commit."""
+
+    name: str
+    path: bytes | None
+    stat: str
+    chunks: list[bytes]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What `show` says of a source. `path` is None if it came from another machine."""
+
+    name: str
+    path: bytes | None
+    chunks: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A segment in memory and its live chunks: indices into Store.chunks, in the order they lie in."""
+
+    row: SegmentRow
+    kv: KV
+    live: list[int]
+
+
+def chunk_hash(fingerprint: str, ids: Sequence[int]) -> bytes:
+    """Identity of a chunk's K/V: the model and the token ids decide it."""
+    digest = hashlib.blake2b(fingerprint.encode() + b"\0", digest_size=32)
+    digest.update(np.asarray(ids, dtype="<u4").tobytes())
+    return digest.digest()
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    return zlib.compress(np.asarray(ids, dtype="<u4" if max(ids) > 0xFFFF else "<u2").tobytes(), 6)
+
+
+def unpack_ids(packed: bytes, tokens: int) -> list[int]:
+    """Token ids of a chunk of known length; ContextError if the bytes do not hold them."""
+    try:
+        inflate = zlib.decompressobj()
+        raw = inflate.decompress(packed, 4 * tokens + 1)
+    except zlib.error as error:
+        raise ContextError(f"the token ids of a chunk are damaged ({error})") from error
+    if len(raw) not in (2 * tokens, 4 * tokens):
+        raise ContextError(f"a chunk of {tokens} tokens holds {len(raw)} bytes of token ids")
+    return [int(i) for i in np.frombuffer(raw, dtype="<u4" if len(raw) == 4 * tokens else "<u2")]
+
+
+class Store:
+    """A consistent view of a context folder."""
+
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        self.folder, self.spec = folder, spec
+        self.chunks: list[ChunkRow] = []
+        self.source_of: list[int] = []  # index into sources, for each chunk; the first if several share it
+        self.sources: list[SourceInfo] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.segments: list[Mapped] = []
+        self.refresh()
+
+    @classmethod
+    def open(cls, folder: str | Path, spec: Spec | None = None) -> "Store":
+        """Open a context; with a spec it is created if the folder is new or empty.
+
+        ContextError if it was made by another model, is damaged, or (without a spec) does not exist.
+        """
+        folder = Path(folder)
+        if spec is None:
+            return cls(folder, stored_spec(folder))
+        if not (folder / manifest.FILE).is_file() or not _has_meta(folder):
+            _create(folder, spec)
+        found = stored_spec(folder)
+        if found != spec:
+            raise ContextError(_mismatch(folder, found, spec))
+        return cls(folder, spec)
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+    @property
+    def end_position(self) -> int:
+        """Where a question starts: every chunk, full or not, occupies one attention chunk."""
+        return len(self.chunks) * self.spec.chunk
+
+    def ids(self, chunk: int) -> list[int]:
+        row = self.chunks[chunk]
+        return unpack_ids(row.ids, row.tokens)
+
+    def kv(self, chunk: int) -> KV:
+        """K/V of a live chunk, as it is kept."""
+        row = self.chunks[chunk]
+        mapped = next(mapped for mapped in self.segments if mapped.row.id == row.segment)
+        return mapped.kv.part(row.start, row.start + row.tokens)
+
+    def refresh(self) -> None:
+        """Move on to the newest committed state."""
+        for attempt in range(5):
+            with manifest.connect(self.folder) as db, manifest.snapshot(db):
+                rows = manifest.segments(db)
+                chunks = manifest.chunks(db, live=True)
+                sources, pairs = manifest.sources(db), manifest.source_chunks(db)
+                skipped = manifest.skipped(db)
+            try:
+                mapped = self._map(rows, chunks)
+                break
+            except FileNotFoundError as error:
+                # A compaction may have replaced the file after the rows were read; the new rows name another one.
+                if attempt == 4:
+                    raise ContextError(segment.damaged(Path(str(error.filename)), "the file is missing")) from error
+        self.chunks, self.segments = chunks, mapped
+        self.skipped = [(name, reason) for _, name, reason in skipped]
+        self._index_sources(sources, pairs)
+
+    def _map(self, rows: list[SegmentRow], chunks: list[ChunkRow]) -> list[Mapped]:
+        live: dict[int, list[int]] = {row.id: [] for row in rows}
+        for index, chunk in enumerate(chunks):
+            live[chunk.segment].append(index)
+        mapped = []
+        for row in rows:
+            if live[row.id]:
+                kv = segment.load(self.folder / row.file, row.tokens, self.spec)
+                check_bounds(self.folder / row.file, row, [chunks[i] for i in live[row.id]], self.spec)
+                mapped.append(Mapped(row, kv, live[row.id]))
+        return mapped
+
+    def _index_sources(self, sources: list[SourceRow], pairs: list[tuple[int, int]]) -> None:
+        index_of_chunk = {chunk.id: i for i, chunk in enumerate(self.chunks)}
+        index_of_source = {source.id: i for i, source in enumerate(sources)}
+        self.source_of = [-1] * len(self.chunks)
+        counts, tokens = [0] * len(sources), [0] * len(sources)
+        for source_id, chunk_id in pairs:
+            source, chunk = index_of_source[source_id], index_of_chunk[chunk_id]
+            counts[source] += 1
+            tokens[source] += self.chunks[chunk].tokens
+            if self.source_of[chunk] < 0 or source < self.source_of[chunk]:
+                self.source_of[chunk] = source
+        self.sources = [SourceInfo(row.name, row.path, n, t) for row, n, t in zip(sources, counts, tokens, strict=True)]
+
+    @contextmanager
+    def writer(self) -> Iterator["Writer"]:
+        """The one writer of the folder. ContextError at once if another process is writing."""
+        with ExitStack() as stack:
+            stack.enter_context(lock(self.folder))
+            db = stack.enter_context(manifest.connect(self.folder))
+            stack.enter_context(manifest.plain_errors(self.folder))
+            remove_unnamed(self.folder, db)
+            writer = Writer(self.folder, self.spec, db)
+            yield writer
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+class Writer:
+    """Adds to a context. Made by Store.writer, which holds the lock."""
+
+    def __init__(self, folder: Path, spec: Spec, db: sqlite3.Connection) -> None:
+        self.folder, self.spec, self.db = folder, spec, db
+        self.known = manifest.known_hashes(db)  # hash → chunk row
+
+    def commit(
+        self,
+        chunks: Sequence[tuple[NewChunk, KV]] = (),
+        sources: Iterable[NewSource] = (),
+        removed: Iterable[int] = (),
+        skipped: Iterable[tuple[bytes, str, str]] = (),
+        forget: Iterable[bytes] = (),
+    ) -> None:
+        """Make all of this durable, or none of it. `removed` are source rows, `forget` paths no longer skipped."""
+        added: dict[bytes, int] = {}
+        with manifest.plain_errors(self.folder):
+            # Joining copies the K/V; parts keep one segment, and so the copy, bounded.
+            parts = [(part, *self.write(part)) for part in split(chunks)]
+            with manifest.transaction(self.db):
+                for part, file, kv, size in parts:
+                    row = manifest.insert_segment(self.db, file, len(kv), size)
+                    added |= self._insert(part, row)
+                manifest.delete_sources(self.db, removed)
+                for source in sources:
+                    ids = [added.get(h) or self.known[h] for h in source.chunks]
+                    manifest.put_source(self.db, source.name, source.path, source.stat, ids)
+                manifest.replace_skipped(self.db, forget, skipped)
+        self.known |= added
+
+    def write(self, part: Sequence[tuple[NewChunk, KV]]) -> tuple[str, KV, int]:
+        """Write one segment and sync it: its file name, joined K/V and size in bytes. No row names it yet."""
+        kv = segment.join([kv for _, kv in part])
+        # A random name: a reader that was late can never open a newer file under an old name.
+        file = secrets.token_hex(8) + segment.SUFFIX
+        return file, kv, segment.write(self.folder / file, kv, self.spec)
+
+    def _insert(self, part: Sequence[tuple[NewChunk, KV]], row: int) -> dict[bytes, int]:
+        added, start = {}, 0
+        for new, kv in part:
+            lines = (new.first_line, new.last_line)
+            packed = pack_ids(new.ids)
+            chunk = ChunkRow(0, new.hash, row, start, len(kv), *lines, kv.crc(), packed)
+            added[new.hash] = manifest.insert_chunk(self.db, chunk)
+            start += len(kv)
+        return added
+
+
+def split(chunks: Sequence[tuple[NewChunk, KV]]) -> list[list[tuple[NewChunk, KV]]]:
+    """Chunks in runs of at most SEGMENT_TOKENS (one chunk at least)."""
+    runs: list[list[tuple[NewChunk, KV]]] = []
+    tokens = 0
+    for new, kv in chunks:
+        if not runs or tokens + len(kv) > SEGMENT_TOKENS:
+            runs.append([])
+            tokens = 0
+        runs[-1].append((new, kv))
+        tokens += len(kv)
+    return runs
+
+
+def check_bounds(file: Path, row: SegmentRow, chunks: Iterable[ChunkRow], spec: Spec) -> None:
+    """Chunks of one segment lie inside it and do not overlap; ContextError otherwise."""
+    end = 0
+    for chunk in chunks:
+        if chunk.start < end or not 0 < chunk.tokens <= spec.chunk or chunk.start + chunk.tokens > row.tokens:
+            raise ContextError(segment.damaged(file, f"chunk {chunk.id} lies outside of it or over another one"))
+        end = chunk.start + chunk.tokens
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's writer lock; the system drops it when the process dies."""
+    with manifest.plain_errors(folder):
+        fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            raise ContextError(
+                f"{folder} is being written by process {owner or '?'}; wait for it to finish and repeat"
+            ) from None
+        with manifest.plain_errors(folder):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_unnamed(folder: Path, db: sqlite3.Connection) -> None:
+    """Delete segment files that no row names: what a crash or a full disk left. Only the writer may do this."""
+    named = {row.file for row in manifest.segments(db)}
+    for path in folder.glob(f"*{segment.SUFFIX}"):
+        if path.name not in named:
+            path.unlink()
+
+
+def stored_spec(folder: Path) -> Spec:
+    with manifest.connect(folder) as db:
+        meta = manifest.read_meta(db)
+    if not meta:
+        raise ContextError(f"{folder} holds no context yet; read something into it first")
+    if meta.get("format") != manifest.FORMAT:
+        raise ContextError(
+            f"{folder} has format {meta.get('format')}, this version reads {manifest.FORMAT}; read the sources again"
+        )
+    return Spec.from_meta(meta)
+
+
+def _has_meta(folder: Path) -> bool:
+    with manifest.connect(folder) as db:
+        return bool(manifest.read_meta(db))
+
+
+def _create(folder: Path, spec: Spec) -> None:
+    with manifest.plain_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = [p.name for p in folder.iterdir() if not p.name.startswith((manifest.FILE, _LOCK))]
+    if strangers:
+        raise ContextError(f"{folder} is not empty and holds no context ({strangers[0]} ...); name another folder")
+    with lock(folder), manifest.connect(folder, create=True) as db:
+        # Another process may have been faster.
+        if not manifest.read_meta(db):
+            manifest.create_schema(db, spec.to_meta())
+
+
+def _mismatch(folder: Path, found: Spec, wanted: Spec) -> str:
+    if found.fingerprint != wanted.fingerprint:
+        return (
+            f"{folder} was read by another model ({found.fingerprint[:12]}, this one is {wanted.fingerprint[:12]}); "
+            f"use that model or read the sources into another folder"
+        )
+    names = [name for name, value in vars(found).items() if value != getattr(wanted, name)]
+    parts = [f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in names]
+    return f"{folder} was made with {', '.join(parts)}; read the sources into another folder"
