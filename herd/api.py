@@ -13,6 +13,7 @@ from torch import Tensor
 from herd import checkpoint, engine
 from herd.config import TextConfig
 from herd.context.cache import ContextCache
+from herd.context.citations import Citation, cite
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Sampler
@@ -21,8 +22,6 @@ from herd.prompt import Tokenizer
 from herd.prompt.ask import ask_prompt
 
 OnText = Callable[[str], None]
-MAX_CITATIONS = 5
-MIN_CITATION = 0.05  # share of the attention to the context; an answer that found nothing spreads it thin
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +78,6 @@ def find_model(path_or_name: str | Path) -> Path:
 
         return cria.cria_path()
     return Path(path_or_name)
-
-
-@dataclass(frozen=True)
-class Citation:
-    """Lines first..last (1-based, inclusive) of a source, and their share of the answer's attention to the context."""
-
-    source: str
-    lines: tuple[int, int]
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ class Context:
 
     def _ask(self, questions: Sequence[str], max_tokens: int, on_text: OnText | None) -> list[Answer]:
         tokenizer = self._model.tokenizer
-        cache = ContextCache(self._store, self._model.config)
+        cache = ContextCache(self._store, self._model.config, len(questions))
         text = tokenizer.stream()
         rows: list[list[int]] = [[] for _ in questions]
         stream = engine.stream(
@@ -173,22 +163,6 @@ class Context:
         if on_text is not None:
             on_text(text.finish())
         return [
-            Answer(tokenizer.decode(ids), self._citations(cache.mass_BC, row), tuple(ids))
+            Answer(tokenizer.decode(ids), tuple(cite(cache, row, tokenizer)), tuple(ids))
             for row, ids in enumerate(rows)
         ]
-
-    def _citations(self, mass_BC: Tensor | None, row: int) -> tuple[Citation, ...]:
-        if mass_BC is None:  # an empty context
-            return ()
-        share_C = mass_BC[row] / mass_BC[row].sum()
-        top = share_C.topk(min(MAX_CITATIONS, len(share_C)))
-        return tuple(
-            self._citation(index, weight)
-            for weight, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            if weight >= MIN_CITATION
-        )
-
-    def _citation(self, index: int, weight: float) -> Citation:
-        chunk = self._store.chunks[index]
-        source = self._store.sources[self._store.source_of[index]]
-        return Citation(source.name, (chunk.first_line, chunk.last_line), weight)
