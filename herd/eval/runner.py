@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from herd.api import Model
-from herd.checkpoint import cria
 from herd.errors import ConfigError
 from herd.eval import baselines, context, corpus, lookup, needle, perplexity, report
 
@@ -40,7 +39,7 @@ def run(
     if count < 1:
         raise ConfigError(f"trials is {count}; it must be at least 1")
     needs_base = with_base and name in ("lookup", "perplexity")
-    base = baselines.base_model(cria.base_weights(), workdir, progress) if needs_base else None
+    base = baselines.base_model(workdir, progress) if needs_base else None
     results = [
         _one(name, model, length, count, workdir, progress, seed, base)
         for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
