@@ -24,7 +24,7 @@ class ContextCache:
     each sequence and forward pass), the attention probability of each live chunk, averaged over the heads.
     """
 
-    def __init__(self, store: Store, cfg: TextConfig, batch: int = 1) -> None:
+    def __init__(self, store: Store, cfg: TextConfig, batch: int) -> None:
         self.store, self.cfg = store, cfg
         self.start_position = store.end_position
         self.mass_BC = torch.zeros(batch, len(store.chunks))

@@ -1,8 +1,5 @@
 """`.gitignore` rules, nested as in git: the file nearest to a path decides, later lines win, `!` takes back."""
 
-# Paths are bytes here: a name need not be text, and pathlib takes only text.
-# ruff: noqa: PTH
-
 import os
 from dataclasses import dataclass
 

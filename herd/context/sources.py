@@ -4,9 +4,6 @@ Folders are walked in the order of their names; `.gitignore` is honoured as git 
 not followed. Everything that is not read is returned as Skipped with its reason.
 """
 
-# Paths are bytes here: a name need not be text, and pathlib takes only text.
-# ruff: noqa: PTH
-
 import os
 import stat as mode
 import sys
