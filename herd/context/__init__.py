@@ -1,0 +1,1 @@
+"""Contexts: what one model has read, kept as a durable folder that questions attend to."""
