@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from herd.kernels import apply_rope, attend, dequantize_kv, expert_mlp, merge_partials, quantize_kv, rms_norm, swiglu
 
-fast = settings(max_examples=40, deadline=None)
+fast = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
