@@ -9,23 +9,23 @@ DONE := .venv/done
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LLAMA_MODELS := 0.3.0
 
-.PHONY: help demo test lint setup setup-dev cria clean
+.PHONY: help demo test lint setup cria clean
 
 help:
 	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
 	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
-	@echo 'make cria   set up and build the model'
+	@echo 'make cria   set up and build the model, in the cache folder (HERD_HOME)'
 	@echo 'make clean  remove what the targets above made, .venv included'
 
 setup: $(DONE)/run
-setup-dev: $(DONE)/dev
-cria: $(DONE)/cria
 
-demo: $(DONE)/cria
-	@$(BIN)/python tools/demo.py
+cria: setup
+	@$(BIN)/python -m herd.checkpoint.cria >/dev/null
 
-test: $(DONE)/dev $(DONE)/cria
-	@$(MAKE) --no-print-directory lint
+demo: cria
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo
+
+test: lint
 	$(BIN)/python -m pytest
 
 lint: $(DONE)/dev
@@ -54,9 +54,4 @@ $(DONE)/dev: pyproject.toml | $(DONE)/run
 	@echo 'installing what the tests need'
 	@$(PIP) install --editable '.[dev]'
 	@$(PIP) install --no-deps llama-models==$(LLAMA_MODELS)
-	@touch $@
-
-$(DONE)/cria: $(wildcard herd/models/cria/*) | $(DONE)/run
-	@echo 'building Cria'
-	@$(BIN)/python -m herd.checkpoint.cria
 	@touch $@

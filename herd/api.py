@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from herd import checkpoint, engine
+from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
 from herd.context.cache import ContextCache
 from herd.context.citations import Citation, cite
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Sampler
+from herd.errors import ContextError
 from herd.model import Transformer
 from herd.prompt import Tokenizer
 from herd.prompt.ask import ask_prompt
@@ -61,9 +63,9 @@ class Model:
 
 
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
-    """Load "cria", or a folder in Hugging Face's Llama 4 layout. dtype None: as stored.
+    """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
-    CheckpointError or ConfigError if there is no such model or it cannot be loaded.
+    dtype None: as stored. CheckpointError or ConfigError if there is no such model or it cannot be loaded.
     """
     folder = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
@@ -74,9 +76,7 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
 def find_model(path_or_name: str | Path) -> Path:
     """The folder of a model. A folder named like the model wins over the name."""
     if str(path_or_name) == "cria" and not Path(path_or_name).exists():
-        from herd.checkpoint import cria  # TEMPORARY
-
-        return cria.cria_path()
+        return cria_path()
     return Path(path_or_name)
 
 
@@ -134,7 +134,8 @@ class Context:
     def ask(self, question: str, *, max_tokens: int = 256, on_text: OnText | None = None) -> Answer:
         """Answer one question, greedily; on_text is called with each new piece of text.
 
-        PromptError if context, question and answer need more positions than the model has.
+        ContextError if nothing was read yet. PromptError if context, question and answer need more positions than
+        the model has.
         """
         return self._ask([question], max_tokens, on_text)[0]
 
@@ -143,6 +144,8 @@ class Context:
         return self._ask(questions, max_tokens, None)
 
     def _ask(self, questions: Sequence[str], max_tokens: int, on_text: OnText | None) -> list[Answer]:
+        if not self._store.tokens:
+            raise ContextError(f"{self.folder} is empty; read something into it first")
         tokenizer = self._model.tokenizer
         cache = ContextCache(self._store, self._model.config, len(questions))
         text = tokenizer.stream()

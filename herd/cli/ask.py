@@ -13,7 +13,7 @@ from herd.cli.output import STARTED, JsonFlag, ModelOption, examples, interrupti
 from herd.cli.progress import reading
 from herd.cli.read import KEPT
 from herd.cli.report import TextOut, citation_json, context_json, print_citations, print_report, tokens_per_s
-from herd.errors import PromptError
+from herd.errors import ContextError, PromptError
 
 NAME = "ask"
 EXAMPLES = examples(
@@ -43,6 +43,8 @@ def command(
     """
     if context is None and not paths:
         raise PromptError("nothing to answer from; name files or folders, or --context DIR")
+    if context is not None and not paths and not context.is_dir():
+        raise ContextError(f"{context} does not exist; name files or folders to read into it")
     loaded = herd.load(model)
     folder = context or cached_context(paths or [], loaded.fingerprint)
     opened = herd.Context.open(folder, loaded)
@@ -72,10 +74,11 @@ def command(
 
 def cached_context(paths: list[str], fingerprint: str) -> Path:
     """Where the context of these paths and this model lives when no folder is named."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    from herd.checkpoint.cria.base import home
+
     places = sorted({path if path == "-" else os.path.abspath(path) for path in paths})
     key = hashlib.sha256(b"\0".join([fingerprint.encode(), *map(os.fsencode, places)])).hexdigest()
-    return cache / "herd" / "contexts" / key[:24]
+    return home() / "contexts" / key[:24]
 
 
 def _result(answer: "herd.Answer", context: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:

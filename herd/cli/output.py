@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 STARTED = time.perf_counter()  # the command imports this module first
 
@@ -50,7 +51,8 @@ def fail(error: BaseException, code: int, *, debug: bool) -> int:
     """Print one line (before it the traceback, with --debug) and return the exit code."""
     if debug:
         traceback.print_exception(error)
-    text = " ".join(str(error).split())
+    text = error.format_message() if isinstance(error, TyperException) else str(error)
+    text = " ".join(text.split())
     if code == 2:
         note(f"error: {text}")
     else:

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: outputs, exit codes, one-line errors, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from herd.cli.main import app, run
+from herd.config import MAVERICK, SCOUT
+
+VERBS = ["ask", "read", "context", "chat", "upcycle", "train", "eval", "info"]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "gate.txt").write_text("The code of the north gate is 4711.\n" * 3)
+    (folder / "port.py").write_text("PORT = 8080\n")
+    (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
+    return folder
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *args: object) -> dict:  # type: ignore[type-arg]
+    assert run([str(a) for a in args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) -> str:
+    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
+    assert run([str(a) for a in args]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_every_verb_is_there_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    overview = capsys.readouterr().out
+    names = [c.name for c in app.registered_commands] + [g.name for g in app.registered_groups]
+    assert sorted(map(str, names)) == sorted(VERBS)
+    for verb in VERBS:
+        assert f"\n  {verb} " in overview
+        assert run([verb, "--help"]) == 0
+        assert f"Examples:\n    herd {verb}" in capsys.readouterr().out
+
+
+def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    context = notes.parent / "ctx"
+    args = ("ask", "What is the code?", notes, "--context", context, "--model", tiny_model, "--max-tokens", 4, "--json")
+    first = run_json(capsys, *args)
+    assert list(first) == ["answer", "citations", "context", "timing"]
+    assert list(first["timing"]) == ["read_s", "first_token_s", "answer_s", "read_tokens_per_s"]
+    assert {"dir", "tokens", "sources", "read_tokens", "reused_tokens", "skipped"} == set(first["context"])
+    assert first["context"]["sources"] == 2 and first["context"]["read_tokens"] == first["context"]["tokens"] > 0
+    [skipped] = first["context"]["skipped"]
+    assert skipped["source"] == "notes/image.png" and skipped["reason"]
+    for citation in first["citations"]:
+        assert set(citation) == {"source", "lines", "weight"} and citation["source"].startswith("notes/")
+    second = run_json(capsys, *args)
+    assert second["context"]["read_tokens"] == 0
+    assert second["context"]["reused_tokens"] == first["context"]["tokens"]
+    assert (second["answer"], second["citations"]) == (first["answer"], first["citations"])
+    only_ask = run_json(capsys, *args[:2], *args[3:])
+    assert only_ask["answer"] == first["answer"]
+    assert only_ask["context"]["skipped"] == first["context"]["skipped"]
+
+
+def test_ask_for_people(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    context = notes.parent / "ctx"
+    assert run(["ask", "Which port?", str(notes), "-c", str(context), "-m", str(tiny_model), "--max-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert "notes/" in out  # a citation
+    assert "2 sources" in err and "skipped notes/image.png" in err and "first token after" in err
+    assert "\x1b" not in out + err  # no terminal, no control codes
+
+
+def test_ask_keeps_a_context_of_its_own(
+    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERD_HOME", str(notes.parent / "home"))
+    rest = ("--model", tiny_model, "--max-tokens", 2, "--json")
+    first = run_json(capsys, "ask", "q", notes, *rest)
+    assert Path(first["context"]["dir"]).is_relative_to(notes.parent / "home")
+    monkeypatch.chdir(notes)
+    again = run_json(capsys, "ask", "q", ".", *rest)
+    assert again["context"]["dir"] == first["context"]["dir"] and again["context"]["read_tokens"] == 0
+    other = run_json(capsys, "ask", "q", "gate.txt", *rest)
+    assert other["context"]["dir"] != first["context"]["dir"]
+
+
+def test_read(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    args = ("read", notes, "--context", notes.parent / "ctx", "--model", tiny_model)
+    result = run_json(capsys, *args, "--json")
+    assert result["context"]["read_tokens"] > 0 and result["timing"]["read_tokens_per_s"] > 0
+    assert run([str(a) for a in args]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "read 0 in" in err
+
+
+def test_chat(
+    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(*args: object) -> list[dict[str, str]]:
+        lines = iter(["Hello", "", "And you?"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or _end(lines))
+        turns = run_json(capsys, "chat", "--model", tiny_model, "--max-tokens", 3, "--json", *args)
+        assert isinstance(turns, list)
+        return turns
+
+    def _end(lines: object) -> str:
+        if lines.__length_hint__() == 0:  # type: ignore[attr-defined]
+            raise EOFError
+        return ""
+
+    turns = chat()
+    assert [t["role"] for t in turns] == ["user", "assistant"] * 2
+    assert [t["content"] for t in turns[::2]] == ["Hello", "And you?"]
+    run(["read", str(notes), "--context", str(notes.parent / "ctx"), "--model", str(tiny_model)])
+    capsys.readouterr()
+    assert "citations" in chat("--context", notes.parent / "ctx")[1]
+
+
+def test_info(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+    scout = run_json(capsys, "info", "scout", "--json")
+    assert scout["parameters"] == SCOUT.num_parameters() == 107_769_861_120
+    assert scout["layer_map"] == "12x(3xlE GE)"
+    assert run_json(capsys, "info", "maverick", "--json")["active_parameters"] == MAVERICK.num_parameters(active=True)
+    tiny = run_json(capsys, "info", tiny_model, "--json")
+    assert tiny["layer_map"] == "ld GE ld" and tiny["weight_bytes"] >= 4 * tiny["parameters"]
+    here = run_json(capsys, "info", "--json")
+    assert here["torch"].startswith("2.13") and set(here["operations"].values()) == {"reference"}
+    assert run(["info", "scout"]) == 0
+    assert "107,769,861,120" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    model = ("--model", tiny_model)
+    assert "nothing to answer from" in fails(capsys, "ask", "q")
+    assert "does not exist" in fails(capsys, "ask", "q", "--context", notes / "none", *model)
+    assert "no such file" in fails(capsys, "read", notes / "none", "-c", notes.parent / "c", *model).lower()
+    assert "is empty" in fails(capsys, "ask", "q", "--context", notes.parent / "c", *model)
+    assert "not a folder" in fails(capsys, "ask", "q", notes, "--model", notes / "none")
+    assert "holds no context" in fails(capsys, "ask", "q", notes, "--context", notes, *model)
+    assert "PATH" in fails(capsys, "read", "--context", notes.parent / "c")
+    assert "aks" in fails(capsys, "aks", "q")
+    assert "temperature" in fails(capsys, "chat", "--temperature", "-1", *model)
+
+
+def test_unexpected_failure_is_one_line_and_code_1(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herd.cli.info.installation", lambda: 1 // 0)
+    assert "ZeroDivisionError" in fails(capsys, "info", code=1)
+    assert run(["--debug", "info"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
+    for i in range(20):
+        (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
+    context = notes.parent / "ctx"
+    command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        if len(list(context.glob("*.kv"))) > 1 or child.poll() is not None:
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == "interrupted: what was read so far is kept; the same command goes on from there\n"
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)["context"]
+    assert 0 < result["read_tokens"] < result["tokens"]
+
+
+def test_closed_pipe_is_quiet(tiny_model: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m herd info scout | true; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
