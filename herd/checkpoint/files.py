@@ -65,7 +65,10 @@ class WeightFiles:
         self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         try:
-            for file, expected in (_shards(folder) if shards is None else shards).items():
+            if shards is None:
+                weight_paths(folder)
+                shards = _shards(folder)
+            for file, expected in shards.items():
                 self._add(file, expected)
         except BaseException:
             self._stack.close()

@@ -32,9 +32,7 @@ def read_gguf(path: Path) -> LlamaSource:
 
     CheckpointError if the file is damaged, of another architecture, or its tensors do not fit its config.
     """
-    reader = _open(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {t.name: t for t in reader.tensors}
+    fields, tensors = _open(path)
     config = _config(path, fields, tensors)
     shapes = config.shapes()
     if missing := sorted(gg for gg in map(_gguf_name, shapes) if gg not in tensors):
@@ -60,10 +58,12 @@ def pairs_to_halves(w: Tensor, heads: int) -> Tensor:
     return w.view(heads, -1, 2, w.shape[-1]).transpose(1, 2).reshape(w.shape)
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    """Metadata and tensors by name."""
     check_header(path)
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        return {name: field.contents() for name, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} is not a readable GGUF file: {error!r}") from error
 

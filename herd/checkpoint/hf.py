@@ -41,12 +41,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bo
         model = Transformer(config)
     with WeightFiles(folder) as weights:
         stored = _text_names(weights)
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())  # a tied head comes once, as the embedding
+        for name, parameter in parameters.items():
             value = _checked(weights, stored, name, parameter)
             if check_finite and not value.isfinite().all():
                 raise CheckpointError(f"{name} in {folder} holds values that are not finite numbers")
             _assign(model, name, value if dtype is None else value.to(dtype))
-        extra = sorted(stored.keys() - {name for name, _ in model.named_parameters()})
+        extra = sorted(stored.keys() - parameters.keys())
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
             extra = _without_tied_head(weights, stored, extra)
@@ -68,7 +69,7 @@ def save(
     """
     with new_folder(Path(path), replace=True) as folder:
         writer = ShardWriter(folder, shard_bytes)
-        for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
+        for name, parameter in model.named_parameters():
             writer.add(name, parameter)
         writer.finish()
         dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
