@@ -28,14 +28,15 @@ class Citation:
 
 def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
     """Citations of sequence `row` of the batch, heaviest first: those of at least MIN_WEIGHT, or the heaviest one."""
-    mass_C = cache.mass_BC[row]
-    total = float(mass_C.sum())
+    total = float(cache.mass_B[row])
+    masses = cache.chunk_mass(row, MIN_WEIGHT * total)
     if total <= 0:
         return []
-    weights, chunks = (mass_C / total).topk(min(MAX_CITATIONS, len(mass_C)))
+    heaviest = sorted(masses.items(), key=lambda item: -item[1])[:MAX_CITATIONS]
     store = cache.store
     found = []
-    for rank, (weight, chunk) in enumerate(zip(weights.tolist(), chunks.tolist(), strict=True)):
+    for rank, (chunk, mass) in enumerate(heaviest):
+        weight = mass / total
         if rank and weight < MIN_WEIGHT:
             break
         place = store.chunks[chunk]

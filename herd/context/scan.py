@@ -1,125 +1,114 @@
-"""Exact attention of many queries over all segments of a context: one pass, block by block, softmax in float32.
+"""Exact attention of many queries over all of a context: one pass, block by block, softmax in float32.
 
 Every query sees every live token: context chunks come before the question, and the global layer has no positions.
+Blocks are shared out to threads that run PyTorch single-threaded: many small parallel operators cost more in barriers
+than they compute, and on a busy machine the barriers took 30 times as long as the work.
 
-Shape suffixes: G key/value heads, R query rows per key/value head, d head_dim, n tokens of a block, P pieces (the
-part of a chunk that lies in a block), C live chunks.
+Shape suffixes: G key/value heads, R query rows of one key/value head, d head_dim, n tokens of a block, K blocks.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from herd.context.segment import KV
-from herd.context.store import Mapped, Store
+from herd.context.store import Store
+from herd.kernels import merge_partials
 
-BLOCK_TOKENS = 8192
-_TILE_BYTES = 2 << 20  # scores of one tile of rows: they must stay in the second-level cache
+# The fused operator behind scaled_dot_product_attention: it also returns the log-denominator, which merging needs.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BLOCK_TOKENS = 8192  # dequantised K and V of one head fit the second-level cache
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of tokens of one segment: P pieces, each the part of one chunk that lies in it."""
+    """Neighbouring live chunks of one segment: indices into Store.chunks, and where each begins in `kv`."""
 
     kv: KV
-    starts_P: np.ndarray
-    chunk_P: Tensor  # index of the live chunk, or C where no source uses the tokens
-    hidden_n: Tensor | None  # bias: -inf for tokens no source uses; None if there are none
+    chunks: list[int]
+    starts: list[int]
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Attention over the context: out [G, R, d] and lse [G, R] in float32.
-
-    sums holds (exp-sums [G, R, P], their maximum [G, R], chunk_P) of every block if they were asked for.
-    """
+    """Attention over the context, float32: out [G, R, d], lse [G, R], and the lse of each block [K, G, R]."""
 
     out_GRd: Tensor
     lse_GR: Tensor
-    sums: list[tuple[Tensor, Tensor, Tensor]]
-
-    def mass(self, total_lse_GR: Tensor, chunks: int) -> Tensor:
-        """Attention probability per row and live chunk [G, R, C], given the log-denominator over all keys."""
-        mass = torch.zeros(*self.lse_GR.shape, chunks + 1)
-        for sum_GRP, top_GR, chunk_P in self.sums:
-            mass.index_add_(2, chunk_P, sum_GRP * torch.exp(top_GR - total_lse_GR).unsqueeze(-1))
-        return mass[..., :chunks]
+    lse_KGR: Tensor
 
 
-def blocks(store: Store, size: int = BLOCK_TOKENS) -> list[Block]:
-    """The blocks of a context that hold live tokens."""
-    dead = len(store.chunks)
+def blocks(store: Store) -> list[Block]:
+    """All live chunks of a context, in runs of neighbours of at most BLOCK_TOKENS (one chunk at least)."""
     found = []
     for mapped in store.segments:
-        runs = _runs(store, mapped)
-        for start in range(0, mapped.row.tokens, size):
-            stop = min(start + size, mapped.row.tokens)
-            inside = [(max(a, start) - start, min(b, stop) - start, c) for a, b, c in runs if a < stop and b > start]
-            if all(chunk == dead for _, _, chunk in inside):
-                continue
-            hidden = None
-            if any(chunk == dead for _, _, chunk in inside):
-                hidden = torch.zeros(stop - start)
-                for a, b, chunk in inside:
-                    if chunk == dead:
-                        hidden[a:b] = -torch.inf
-            starts, _, chunks = zip(*inside, strict=True)
-            found.append(Block(mapped.kv.part(start, stop), np.array(starts), torch.tensor(chunks), hidden))
+        run: list[int] = []
+        for index in mapped.live:
+            chunk = store.chunks[index]
+            if run:
+                first, last = store.chunks[run[0]], store.chunks[run[-1]]
+                adjacent = chunk.start == last.start + last.tokens
+                if not adjacent or chunk.start + chunk.tokens - first.start > BLOCK_TOKENS:
+                    found.append(_block(store, mapped.kv, run))
+                    run = []
+            run.append(index)
+        found.append(_block(store, mapped.kv, run))
     return found
 
 
-def _runs(store: Store, mapped: Mapped) -> list[tuple[int, int, int]]:
-    """(start, stop, chunk) covering a whole segment; chunk is the number of live chunks where none lies."""
-    dead, runs, end = len(store.chunks), list[tuple[int, int, int]](), 0
-    for index in mapped.live:
-        chunk = store.chunks[index]
-        if chunk.start > end:
-            runs.append((end, chunk.start, dead))
-        end = chunk.start + chunk.tokens
-        runs.append((chunk.start, end, index))
-    if end < mapped.row.tokens:
-        runs.append((end, mapped.row.tokens, dead))
-    return runs
+def _block(store: Store, kv: KV, run: list[int]) -> Block:
+    first, last = store.chunks[run[0]], store.chunks[run[-1]]
+    starts = [store.chunks[i].start - first.start for i in run]
+    return Block(kv.part(first.start, last.start + last.tokens), run, starts)
 
 
-def scan(q_GRd: Tensor, blocks: list[Block], *, record: bool) -> Scan:
-    """Attend from q (float32, already scaled by 1/sqrt(d)) to every live token of the blocks."""
+def scan(q_GRd: Tensor, blocks: list[Block]) -> Scan:
+    """Attend from q, already scaled by 1/sqrt(d), to every token of the blocks.
+
+    K and V are dequantised to the type of q (float32 or bfloat16); logits and softmax are float32 for both.
+    """
+    threads = min(torch.get_num_threads(), len(blocks))
+    shares = [blocks[i::threads] for i in range(threads)]
+    parts = list(_pool(torch.get_num_threads()).map(lambda share: _scan(q_GRd, share), shares))
+    out_GRd, lse_GR = merge_partials([(part.out_GRd, part.lse_GR) for part in parts])
+    lse_KGR = torch.empty(len(blocks), *lse_GR.shape)
+    for i, part in enumerate(parts):
+        lse_KGR[i::threads] = part.lse_KGR
+    return Scan(out_GRd, lse_GR, lse_KGR)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "scan", initializer=torch.set_num_threads, initargs=(1,))
+
+
+@torch.no_grad()
+def _scan(q_GRd: Tensor, blocks: list[Block]) -> Scan:
     G, R, d = q_GRd.shape
-    top_GR1 = torch.full((G, R, 1), -torch.inf)
-    weight_GR1, out_GRd = torch.zeros(G, R, 1), torch.zeros(G, R, d)
-    sums = []
+    out_GRd, lse_GR = torch.zeros(G, R, d), torch.full((G, R), -torch.inf)
+    lses = []
+    longest = max(len(block.kv) for block in blocks)
+    k_buffer, v_buffer = (torch.empty(G * longest * d, dtype=q_GRd.dtype) for _ in range(2))
     for block in blocks:
-        parts = [_attend(q_GRd[g], block, g, record) for g in range(G)]
-        new_top, new_weight, new_out, pieces = (torch.stack(x) for x in zip(*parts, strict=True))
-        both = torch.maximum(top_GR1, new_top)
-        keep, add = torch.exp(top_GR1 - both), torch.exp(new_top - both)
-        weight_GR1 = weight_GR1 * keep + new_weight * add
-        out_GRd = out_GRd * keep + new_out * add
-        top_GR1 = both
-        if record:
-            sums.append((pieces, new_top.squeeze(-1), block.chunk_P))
-    return Scan(out_GRd / weight_GR1, (top_GR1 + weight_GR1.log()).squeeze(-1), sums)
+        kv = block.kv
+        k_GNd = _dequantize(kv.k_GNd, kv.k_scale_GN, k_buffer)
+        v_GNd = _dequantize(kv.v_GNd, kv.v_scale_GN, v_buffer)
+        found = _attend(q_GRd[None], k_GNd[None], v_GNd[None], scale=1.0)
+        block_out, block_lse = found[0][0].float(), found[1][0].float()
+        total = torch.logaddexp(lse_GR, block_lse)
+        out_GRd.mul_((lse_GR - total).exp_().unsqueeze(-1))
+        out_GRd.add_(block_out.mul_((block_lse - total).exp_().unsqueeze(-1)))
+        lse_GR = total
+        lses.append(block_lse)
+    return Scan(out_GRd, lse_GR, torch.stack(lses))
 
 
-def _attend(q_Rd: Tensor, block: Block, head: int, record: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maximum [R, 1], exp-sum [R, 1], unnormalised output [R, d] and exp-sums per piece [R, P] of one head."""
-    kv = block.kv
-    k_nd, v_nd = kv.k_GNd[head].float(), kv.v_GNd[head].float()
-    rows = max(1, _TILE_BYTES // (4 * len(kv)))
-    parts = []
-    for q in q_Rd.split(rows):
-        p = q @ k_nd.T
-        if kv.k_scale_GN is not None:
-            p *= kv.k_scale_GN[head].float()
-        if block.hidden_n is not None:
-            p += block.hidden_n
-        top = p.amax(-1, keepdim=True)
-        p.sub_(top).exp_()
-        pieces = torch.from_numpy(np.add.reduceat(p.numpy(), block.starts_P, axis=1)) if record else p[:, :0]
-        total = p.sum(-1, keepdim=True)
-        if kv.v_scale_GN is not None:
-            p *= kv.v_scale_GN[head].float()
-        parts.append((top, total, p @ v_nd, pieces))
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[return-value]
+def _dequantize(x_GNd: Tensor, scale_GN: Tensor | None, buffer: Tensor) -> Tensor:
+    """Into the buffer's type and, when there is something to convert, into its memory."""
+    if scale_GN is None and x_GNd.dtype == buffer.dtype:
+        return x_GNd
+    out_GNd = buffer[: x_GNd.numel()].view(x_GNd.shape).copy_(x_GNd)
+    return out_GNd if scale_GN is None else out_GNd.mul_(scale_GN.to(out_GNd.dtype).unsqueeze(-1))
