@@ -160,11 +160,11 @@ class StreamDecoder:
 
 def _valid(text: str) -> str:
     """The text, with lone surrogates (undecodable file names and the like) replaced: they have no UTF-8 form."""
-    return text.encode("utf-8", "replace").decode() if any(map(_is_surrogate, text)) else text
-
-
-def _is_surrogate(char: str) -> bool:
-    return "\ud800" <= char <= "\udfff"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:
