@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -21,6 +22,7 @@ _ASSIGN = re.compile(r"^( *)([A-Za-z_]\w*)( *(?::[^=\n]{1,40})?= *)([^=\s#][^\n]
 _DEF = re.compile(r"^( *)(?:async )?(def (\w+)\()", re.M)
 _CLASS = re.compile(r"^( *)class (\w+)", re.M)
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+((\w+)[ \t]+(\S[^\n]*?))[ \t]*(?:/\*[^\n]*|//[^\n]*)?$", re.M)
+_TOP_LEVEL = re.compile(r"^[^\s#)\]}]", re.M)
 _DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
 _TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|#[^\n]*|[()\[\]{}]")
@@ -80,7 +82,7 @@ Draft = tuple[str, str, str, str, str]  # family, name, copied, evidence, value
 
 
 def _constants(text: str) -> list[Draft]:
-    tops = [(found.start(), found.group(2)) for found in re.finditer(r"^([^\s#)\]}](\w*)[^\n]*)", text, re.M)]
+    tops = [found.start() for found in _TOP_LEVEL.finditer(text)]
     drafts: list[Draft] = []
     for found in _ASSIGN.finditer(text):
         indent, name, sign, rest = found.groups()
@@ -92,9 +94,10 @@ def _constants(text: str) -> list[Draft]:
     return drafts
 
 
-def _in_class_body(text: str, tops: list[tuple[int, str]], at: int, indent: str) -> bool:
-    before = [start for start, _ in tops if start < at]
-    return len(indent) == 4 and bool(before) and text.startswith("class ", before[-1])
+def _in_class_body(text: str, tops: list[int], at: int, indent: str) -> bool:
+    """Whether the last line before `at` that is not indented opens a class (`tops`: where such lines begin)."""
+    index = bisect_left(tops, at)
+    return len(indent) == 4 and index > 0 and text.startswith("class ", tops[index - 1])
 
 
 def _literal(rest: str) -> str:

@@ -11,8 +11,8 @@ from herd.data import words
 from herd.data.question import Question
 
 KINDS = ("integer", "decimal", "uuid", "hex", "word", "phrase", "person", "place", "date", "sentence")
-_MONTHS = ("January", "February", "March", "April", "May", "June", "July")
-_MONTHS += ("August", "September", "October", "November", "December")
+_MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
+_MONTHS += ["August", "September", "October", "November", "December"]
 _SORTS = {
     "number": ("integer", "integer", "integer", "decimal"),
     "id": ("uuid", "hex"),

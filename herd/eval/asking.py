@@ -42,9 +42,9 @@ def ask_all(context: Context, questions: Sequence[str], progress: corpus.Progres
     return answers
 
 
-def cites(answer: Answer, source: str, line: int) -> bool:
-    """Whether the first citation names this source and its lines hold this line."""
+def cites(answer: Answer, source: str, first_line: int, last_line: int) -> bool:
+    """Whether the first citation names this source and its lines overlap those of the evidence."""
     if not answer.citations:
         return False
     first = answer.citations[0]
-    return first.source == source and first.lines[0] <= line <= first.lines[1]
+    return first.source == source and first.lines[0] <= last_line and first_line <= first.lines[1]

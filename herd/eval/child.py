@@ -1,6 +1,6 @@
 """One measured step in a process of its own: reads a JSON job from stdin, prints `first token` when it comes, a result.
 
-Job: mode (read | ask), model (folder), store (context folder), paths (read first if any), question.
+Job: mode (read | ask), model (folder), store (context folder), paths (read first if any), question, max_tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
                 print("first token", flush=True)
             told.append(piece)
 
-        result["answer"] = context.ask(job["question"], on_text=on_text).text
+        result["answer"] = context.ask(job["question"], max_tokens=job["max_tokens"], on_text=on_text).text
     # Linux gives kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

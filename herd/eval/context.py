@@ -38,14 +38,14 @@ def context(
     if store.exists():
         raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
     ordered = corpus.shuffled(corpus.package_files(packages), seed)
-    files, _ = corpus.fill(ordered, tokens, model.tokenizer, model.config.attention_chunk_size)
+    files, _ = corpus.fill(ordered, tokens, model.tokenizer, corpus.chunk_size(model))
     sources = corpus.write(files, folder / "sources")
     roots = sorted(str(path) for path in sources.iterdir())
     progress(f"reading {len(files):,} files")
     read = _child("read", model, store, paths=roots)
     size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     progress("asking from a new process")
-    _child("ask", model, store, question=QUESTION)
+    _child("ask", model, store, question=QUESTION, max_tokens=1)
     second = _child("ask", model, store, question=QUESTION)
     edited = sources / files[len(files) // 2].name
     edited.write_text(_EDIT + edited.read_text(encoding="utf-8"), encoding="utf-8")
@@ -67,9 +67,12 @@ def context(
     }
 
 
-def _child(mode: str, model: Model, store: Path, *, paths: Sequence[str] = (), question: str = "") -> dict[str, Any]:
+def _child(
+    mode: str, model: Model, store: Path, *, paths: Sequence[str] = (), question: str = "", max_tokens: int = 32
+) -> dict[str, Any]:
     """Run `herd.eval.child` and add the seconds from its start to its first token and its end."""
-    job = {"mode": mode, "model": str(model.path), "store": str(store), "paths": list(paths), "question": question}
+    job: dict[str, Any] = {"mode": mode, "model": str(model.path), "store": str(store), "paths": list(paths)}
+    job |= {"question": question, "max_tokens": max_tokens}
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "herd.eval.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
+from herd.api import Model
 from herd.context.chunks import Chunk, cut
 from herd.errors import ConfigError, SourceError
 from herd.prompt import Tokenizer
@@ -65,11 +67,24 @@ def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -
             kept.append(piece)
             have += len(piece.ids)
         if kept:
-            lines = file.text.splitlines(keepends=True)
+            lines = lines_of(file.text)
             chosen.append(file if len(kept) == len(chunks) else File(file.name, "".join(lines[: kept[-1].last_line])))
         if have >= tokens:
             return chosen, have
     raise SourceError(f"the held-out packages hold {have:,} tokens; {tokens:,} were asked for: name a shorter length")
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines with their ends as the context counts them: form feeds and the like end no line."""
+    return list(io.StringIO(text, newline=""))
+
+
+def chunk_size(model: Model) -> int:
+    """Tokens of a local chunk, which is how sources are cut. ConfigError for a model without chunks."""
+    size = model.config.attention_chunk_size
+    if size is None:
+        raise ConfigError("this model has no attention_chunk_size, so it cannot read a context")
+    return size
 
 
 def shuffled(files: list[File], seed: int) -> list[File]:

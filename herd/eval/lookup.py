@@ -23,16 +23,17 @@ from herd.eval import baselines, corpus, report, score
 from herd.eval.asking import ask_all, cites, read_corpus
 
 ABSENT_QUESTIONS = 100
+_CONSTANT = re.compile(r"^(?:[A-Za-z_]| {4}[A-Z_])\w{2,} *= *[-\d\"'(][^\n(]{0,50}$", re.M)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question, and the chunk and line of its evidence."""
+    """A question, and the chunk and lines (1-based, inclusive) of its evidence."""
 
     question: Question
     source: str
     chunk: int  # index into all chunks of the context
-    line: int
+    lines: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def lookup(
 def prepare(model: Model, packages: Sequence[str], tokens: int, questions: int, absent: int, seed: int) -> Exam:
     """Choose files, cut them as the context does, and draw the questions. SourceError if there are too few."""
     rng = Random(seed)
-    chunk_size = model.config.attention_chunk_size
+    chunk_size = corpus.chunk_size(model)
     everything = corpus.package_files(packages)
     ordered = _constants_first(everything, tokens, seed)
     files, _ = corpus.fill(ordered, tokens, model.tokenizer, chunk_size)
@@ -96,13 +97,8 @@ def prepare(model: Model, packages: Sequence[str], tokens: int, questions: int, 
 
 def _constants_first(files: list[corpus.File], tokens: int, seed: int) -> list[corpus.File]:
     order = corpus.shuffled(files, seed)
-    rng = Random(seed)
-
-    def constants(file: corpus.File) -> float:
-        found = code.questions(f"# {file.name}:1\n{file.text}", rng)
-        return sum(question.family == "constant" for question in found) / (2000 + len(file.text))
-
-    dense = {file.name: constants(file) for file in order}
+    # An estimate is enough; 2,000 keeps files of a few lines from coming first.
+    dense = {file.name: len(_CONSTANT.findall(file.text)) / (2000 + len(file.text)) for file in order}
     budget = tokens * 3 // 2  # characters: half of the length at three characters a token
     first: list[corpus.File] = []
     for file in sorted(order, key=lambda file: -dense[file.name]):
@@ -121,7 +117,7 @@ def _draw(files: Sequence[corpus.File], chunks: Sequence[tuple[str, Chunk]], que
     for index, (source, chunk) in enumerate(chunks):
         for question in code.questions(chunk.text, rng, "held_out"):
             if defined[question.key] == 1 and question.value not in ("()", "(self)", "(cls)"):
-                pools[question.family].append(Item(question, source, index, evidence_line(chunk, question)))
+                pools[question.family].append(Item(question, source, index, evidence_lines(chunk, question)))
     each = questions // len(pools)
     if short := [f"{len(pool)} of {family}" for family, pool in pools.items() if len(pool) < each]:
         raise SourceError(
@@ -132,14 +128,16 @@ def _draw(files: Sequence[corpus.File], chunks: Sequence[tuple[str, Chunk]], que
     return items
 
 
-def evidence_line(chunk: Chunk, question: Question) -> int:
-    """The line of the source (1-based) where the evidence begins; of a class question, the method's def line."""
+def evidence_lines(chunk: Chunk, question: Question) -> tuple[int, int]:
+    """The first and last line of the evidence in its source; of a class question, the method's def line."""
     header_end = chunk.text.index("\n") + 1
-    at = chunk.text.index(question.evidence) + question.evidence.index(question.copied)
-    if at < header_end:
-        found = re.search(rf"^\s*(?:async\s+)?def {question.key}\b", chunk.text, re.M)
-        at = found.end() if found else header_end
-    return min(chunk.first_line + chunk.text.count("\n", header_end, at), chunk.last_line)
+    start = chunk.text.index(question.evidence) + question.evidence.index(question.copied)
+    stop = start + len(question.copied)
+    if start < header_end:
+        found = re.search(rf"^[ \t]*(?:async\s+)?def {question.key}\b", chunk.text, re.M)
+        start, stop = found.span() if found else (header_end, header_end)
+    first, last = (chunk.first_line + chunk.text.count("\n", header_end, at) for at in (start, stop))
+    return min(first, chunk.last_line), min(last, chunk.last_line)
 
 
 def absent_questions(
@@ -178,7 +176,7 @@ def _table(items: Sequence[Item], answers: Sequence[Answer]) -> report.Result:
         rows = [(i, a) for i, a in zip(items, answers, strict=True) if family in (None, i.question.family)]
         return {
             "exact": score.share(sum(score.exact(a.text, i.question) for i, a in rows), len(rows)),
-            "first_citation_right": score.share(sum(cites(a, i.source, i.line) for i, a in rows), len(rows)),
+            "first_citation_right": score.share(sum(cites(a, i.source, *i.lines) for i, a in rows), len(rows)),
             "said_absent": score.share(sum(score.says_absent(a.text) for _, a in rows), len(rows)),
         }
 
@@ -204,9 +202,9 @@ def _rows(items: Sequence[Item], answers: Sequence[Answer]) -> list[report.Resul
         {
             "family": item.question.family,
             "source": item.source,
-            "line": item.line,
+            "lines": list(item.lines),
             "exact": score.exact(answer.text, item.question),
-            "cited": cites(answer, item.source, item.line),
+            "cited": cites(answer, item.source, *item.lines),
             "question": item.question.question,
             "expected": item.question.answer,
             "answer": answer.text,

@@ -47,7 +47,7 @@ def needle(
 ) -> report.Result:
     """Ask for `trials` facts in one context of `length` tokens; the share of exact answers by depth and kind."""
     rng = Random(seed)
-    tokens, chunk = corpus.tokens_of(length), model.config.attention_chunk_size
+    tokens, chunk = corpus.tokens_of(length), corpus.chunk_size(model)
     needles_wanted = draw(trials, kinds, rng)
     files, _ = corpus.fill(corpus.shuffled(corpus.package_files(packages), seed), tokens, model.tokenizer, chunk)
     files, needles = hide(files, needles_wanted)
@@ -89,7 +89,7 @@ def hide(files: Sequence[corpus.File], drawn: Sequence[facts.Fact]) -> tuple[lis
     needles: list[Needle] = []
     for file in files:
         lines: list[str] = []
-        for line in file.text.splitlines(keepends=True):
+        for line in corpus.lines_of(file.text):
             while todo and passed >= todo[0][0]:
                 _, depth, fact = todo.pop(0)
                 lines.append(fact.sentence + "\n")
@@ -112,7 +112,9 @@ def _depths(drawn: Sequence[facts.Fact], total: int) -> Iterator[tuple[int, floa
 
 def _table(needles: Sequence[Needle], answers: Sequence[Answer]) -> report.Result:
     right = [score.exact(answer.text, needle.question) for needle, answer in zip(needles, answers, strict=True)]
-    cited = [cites(answer, needle.source, needle.line) for needle, answer in zip(needles, answers, strict=True)]
+    cited = [
+        cites(answer, needle.source, needle.line, needle.line) for needle, answer in zip(needles, answers, strict=True)
+    ]
     rows = list(zip(needles, right, strict=True))
     by_kind = {
         kind: [ok for n, ok in rows if n.question.kind == kind] for kind in sorted({k.question.kind for k in needles})

@@ -29,8 +29,8 @@ def perplexity(
     model: Model, base: Model | None, windows: int, progress: corpus.Progress, *, window: int = WINDOW
 ) -> report.Result:
     """exp(mean loss per token) over the first `windows` windows of the text, and the change against the base in %."""
-    if window > model.config.attention_chunk_size:
-        raise ConfigError(f"a window of {window} tokens exceeds the local chunk {model.config.attention_chunk_size}")
+    if window > corpus.chunk_size(model):
+        raise ConfigError(f"a window of {window} tokens exceeds the local chunk {corpus.chunk_size(model)}")
     text = fixed_text()
     ids = model.tokenizer.encode(text)[: windows * window]
     result: report.Result = {

@@ -40,7 +40,7 @@ MODEL = SimpleNamespace(tokenizer=Bytes(), config=SimpleNamespace(attention_chun
 
 @pytest.fixture(scope="module")
 def exam() -> lookup.Exam:
-    return lookup.prepare(MODEL, corpus.HELD_OUT, 60_000, 40, 20, 0)
+    return lookup.prepare(MODEL, ("networkx", "asyncio", "http", "email"), 60_000, 40, 20, 0)
 
 
 def test_lengths() -> None:
@@ -85,20 +85,20 @@ def test_exam_is_balanced_and_answerable(exam: lookup.Exam) -> None:
     everything = "\n".join(file.text for file in exam.files)
     definitions = code.definitions(everything)
     assert [sum(i.question.family == f for i in exam.items) for f in code.FAMILIES] == [10] * 4
-    by_name = {file.name: file.text.splitlines() for file in exam.files}
+    by_name = {file.name: corpus.lines_of(file.text) for file in exam.files}
     for item in exam.items:
         source, chunk = exam.chunks[item.chunk]
         assert source == item.source and item.question.copied in chunk.text
-        assert chunk.first_line <= item.line <= chunk.last_line
+        assert chunk.first_line <= item.lines[0] <= item.lines[1] <= chunk.last_line
         assert definitions[item.question.key] == 1
-        assert item.question.key in by_name[source][item.line - 1]
+        assert item.question.key in by_name[source][item.lines[0] - 1]
     for question in exam.absent:
         assert question.key not in everything
     assert len(exam.absent) == 20
 
 
 def test_tables_of_a_perfect_model(exam: lookup.Exam) -> None:
-    answers = [Reply(i.question.answer, [Cite(i.source, (i.line, i.line))]) for i in exam.items]
+    answers = [Reply(i.question.answer, [Cite(i.source, (i.lines[1], i.lines[1]))]) for i in exam.items]
     table = lookup._table(exam.items, answers)
     assert table["exact"] == 1 and table["first_citation_right"] == 1 and table["said_absent"] == 0
     assert lookup._absent_table(exam.absent, [Reply(q.answer, []) for q in exam.absent])["right"] == 1
