@@ -80,12 +80,13 @@ def test_built_model_equals_the_trained_one(world):
 
 def test_low_rank_pairs(world):
     rows, columns = world.trained[ABOVE].shape
-    world.trained[LORA_A], world.trained[LORA_B] = torch.randn(3, columns), torch.randn(rows, 3)
+    a, b = torch.randn(3, columns), torch.randn(rows, 3)
+    world.trained |= {LORA_A: a, LORA_B.replace(".weight", ""): b}  # after the tensor, and after its module
     sizes = world.make_delta(scale=0.25)
     assert sizes[LORA_A] == 3 * columns * 2
     found = dict(checkpoint.load(world.build()).named_parameters())[ABOVE]
-    a, b = (world.trained[name].bfloat16().float() for name in (LORA_A, LORA_B))
-    assert torch.equal(found, (world.trained[ABOVE].float() + 0.25 * (b @ a)).bfloat16())
+    update = 0.25 * (b.bfloat16().float() @ a.bfloat16().float())
+    assert torch.equal(found, (world.trained[ABOVE].float() + update).bfloat16())
 
 
 def test_delta_from_a_trained_folder(world):
@@ -200,12 +201,27 @@ def test_delta_for_another_model(world):
         cria.apply_delta(other, world.delta, world.folder / "out")
 
 
-def test_incomplete_training_is_refused(world):
-    del world.trained["model.layers.3.feed_forward.router.weight"]
-    with pytest.raises(CheckpointError, match=r"lack 1 of the inserted layers, first model.layers.3.feed_forward"):
-        world.make_delta()
-    with pytest.raises(CheckpointError, match="odd does not belong"):
-        cria.make_delta({**load_file(world.init / "model.safetensors"), "odd": torch.ones(1)}, world.init, world.delta)
+def test_only_changes_and_experts_are_stored(world):
+    changed = "model.layers.2.self_attn.o_proj.weight"
+    trained = {changed: world.trained[changed], ABOVE: world.trained[ABOVE]}
+    stored = cria.make_delta(trained, world.init, world.delta)
+    experts = "model.layers.3.feed_forward."
+    assert {name for name in stored if not name.startswith(experts)} == {changed}
+    assert len(stored) == 7
+    built = dict(checkpoint.load(world.build()).named_parameters())
+    for name, tensor in load_file(world.init / "model.safetensors").items():
+        assert torch.equal(built[name], trained.get(name, tensor)), name
+
+
+def test_foreign_tensors_are_refused(world):
+    for name, tensor, message in (
+        ("odd", torch.ones(1), "odd does not belong"),
+        ("odd.lora_a", torch.ones(1, 1), "odd.lora_a does not belong"),
+        (ABOVE, torch.ones(1), "has shape"),
+        (ABOVE, torch.full_like(world.trained[ABOVE], torch.nan), "not finite"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            cria.make_delta({name: tensor}, world.init, world.delta)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The trained difference between an upcycled model and its finished form, as one safetensors file.
 
-It holds the inserted layers in full, and for other changed weights either the whole tensor or a low-rank pair
-`NAME.lora_a` [r, in], `NAME.lora_b` [out, r] with W += scale * b @ a. The file's metadata holds `scale` and the
-`recipe`: the arguments of `upcycle` that give the model it applies to.
+It holds changed tensors in full, or as a low-rank pair `NAME.lora_a` [r, in], `NAME.lora_b` [out, r] with
+W += scale * b @ a, and the experts even if unchanged: only they come from a random generator. The file's metadata
+holds `scale` and the `recipe`: the arguments of `upcycle` that give the model it applies to.
 """
 
 import json
@@ -33,8 +33,8 @@ def make_delta(
 ) -> dict[str, int]:
     """Write the difference between `trained` and the upcycled folder `init` to the file `out`.
 
-    trained: a model folder, or tensors by name, where `NAME.lora_a` and `NAME.lora_b` may stand beside or instead
-    of NAME (which is then taken as unchanged). Tensors are stored in the type `init` has.
+    trained: a model folder, or tensors by name; what it lacks is unchanged. A low-rank pair may be named after the
+    tensor (`...q_proj.weight.lora_a`) or its module (`...q_proj.lora_a`). Tensors get the type they have in `init`.
     Returns the bytes of each stored tensor. CheckpointError for tensors that do not belong to the model.
     """
     if isinstance(trained, Path):
@@ -42,9 +42,8 @@ def make_delta(
             return make_delta({n: weights.tensor(n) for n in weights.names}, init, out, scale=scale, metadata=metadata)
     config = TextConfig.from_hf(read_json(init / "config.json"))
     recipe = read_json(init / RECIPE_FILE)
-    new_layers = inserted_layers(config, recipe)
     with WeightFiles(init) as base:
-        kept = dict(_changes(trained, base, new_layers))
+        kept = dict(_changes(trained, base, f"model.layers.{config.global_layers[0]}.feed_forward."))
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.new")
     info = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), "scale": repr(float(scale))}
@@ -52,12 +51,6 @@ def make_delta(
     scratch.chmod(0o644)
     scratch.replace(out)
     return {name: tensor.nbytes for name, tensor in kept.items()}
-
-
-def inserted_layers(config: TextConfig, recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """Indices of the layers that upcycling added."""
-    at = config.global_layers[0]
-    return (at - 1, at) if recipe["extra_local"] else (at,)
 
 
 def read_recipe(delta: Path) -> dict[str, Any]:
@@ -98,31 +91,38 @@ def _metadata(delta: Path) -> tuple[dict[str, Any], float]:
     return recipe, scale
 
 
-def _changes(
-    trained: Mapping[str, Tensor], base: WeightFiles, new_layers: tuple[int, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    """What the delta has to store: tensors of new layers, changed tensors, low-rank pairs."""
-    new = tuple(f"model.layers.{i}." for i in new_layers)
-    names = {name for name in base.names if name.startswith(new)} - trained.keys()
-    if names:
-        raise CheckpointError(f"the trained tensors lack {len(names)} of the inserted layers, first {min(names)}")
-    for name in sorted(trained):
-        target = name.removesuffix(_A).removesuffix(_B)
+def _changes(trained: Mapping[str, Tensor], base: WeightFiles, random: str) -> Iterator[tuple[str, Tensor]]:
+    """What the delta has to store: experts (names that start with `random`), changed tensors, low-rank pairs."""
+    given = {_full_name(name, base.names): tensor for name, tensor in trained.items()}
+    for name in sorted(given.keys() | {name for name in base.names if name.startswith(random)}):
+        target = _target(name)
         if target not in base.names:
             raise CheckpointError(f"{name} does not belong to the model in {base.folder}")
         original = base.tensor(target)
-        value = trained[name].detach().to(original.dtype).contiguous()
-        if target != name:
-            yield name, value
-        elif value.shape != original.shape:
+        value = given.get(name, original).detach().to(original.dtype).contiguous()
+        if target == name and value.shape != original.shape:
             raise CheckpointError(f"{name} has shape {list(value.shape)}, expected {list(original.shape)}")
-        elif name.startswith(new) or not torch.equal(value, original):
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name} holds values that are not finite numbers")
+        if target != name or name.startswith(random) or not torch.equal(value, original):
             yield name, value
+
+
+def _target(name: str) -> str:
+    """The tensor that a stored one changes."""
+    return name.removesuffix(_A).removesuffix(_B)
+
+
+def _full_name(name: str, known: set[str]) -> str:
+    """`q_proj.lora_a` -> `q_proj.weight.lora_a`, where `q_proj.weight` is a tensor of the model."""
+    target = _target(name)
+    weight = f"{target}.weight"
+    return weight + name[len(target) :] if target != name and weight in known else name
 
 
 def _check_names(changes: WeightFiles, base: WeightFiles, delta: Path) -> None:
     for name in changes.names:
-        target = name.removesuffix(_A).removesuffix(_B)
+        target = _target(name)
         if target not in base.names:
             raise CheckpointError(f"{delta} changes {target}, which the model in {base.folder} does not have")
         shape = base.shape(target)
