@@ -1,13 +1,17 @@
 """Cutting: every line once and in order, no chunk over its size, editors' line numbers, one-line headers."""
 
+import argparse
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from herd.context.chunks import Chunk, cut
+from herd.checkpoint.cria.base import home
+from herd.context.chunks import Chunk, Encoder, cut
+from herd.prompt import Tokenizer
 
 fast = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -43,7 +47,7 @@ def editor_lines(text: str) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def check(name: str, text: str, chunks: list[Chunk], tokenizer: Bytes, size: int) -> None:
+def check(name: str, text: str, chunks: list[Chunk], tokenizer: Encoder, size: int) -> None:
     """All that holds for every cut."""
     lines = editor_lines(text)
     if not text.strip():
@@ -217,3 +221,32 @@ def test_headers_are_bounded() -> None:
 
 def test_a_name_with_line_ends_stays_on_one_line() -> None:
     assert header_of("a\nb\r\u2028\x0cc\ud800.txt", "x") == "# a?b???c?.txt:1"
+
+
+# Cria's tokenizer
+
+
+@pytest.fixture(scope="module")
+def cria() -> Tokenizer:
+    folder = home() / "cria"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer in {folder}: run `make cria`")
+    return Tokenizer.load(folder)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(name=names, text=texts, size=st.sampled_from([24, 64, 512]))
+def test_every_property_holds_with_crias_tokenizer(cria: Tokenizer, name: str, text: str, size: int) -> None:
+    text = text.replace("\ud800", "")
+    check(name, text, cut(name, text, cria, size), cria, size)
+
+
+def test_real_source_with_crias_tokenizer(cria: Tokenizer) -> None:
+    """This file and a module of the standard library fill their chunks well, at any chunk size."""
+    for path in (Path(__file__), Path(argparse.__file__)):
+        text = path.read_text(encoding="utf-8")
+        for size in (128, 512):
+            chunks = cut(path.name, text, cria, size)
+            check(path.name, text, chunks, cria, size)
+            if size == 512:
+                assert sum(len(c.ids) for c in chunks) > 0.85 * size * len(chunks)
