@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from herd.context.chunks import Chunk
 from herd.data.code import FAMILIES
 from herd.errors import ConfigError
 from herd.eval import corpus, report, score
-
-if TYPE_CHECKING:
-    from herd.eval.lookup import Item
+from herd.eval.exam import Item
 
 TOP = 5
 RAG_TOKENS = 96

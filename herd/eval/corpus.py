@@ -17,6 +17,7 @@ from herd.errors import ConfigError, SourceError
 from herd.prompt import Tokenizer
 
 HELD_OUT = ("networkx", "sympy", "asyncio", "http", "email")  # training recipes must not read these packages
+_LEFT_OUT = {"tests", "testing", "benchmarks", "test-examples", "_antlr"}  # tests and generated code
 Progress = Callable[[str], None]
 
 
@@ -37,7 +38,8 @@ def tokens_of(length: str | int) -> int:
 
 
 def package_files(packages: Sequence[str]) -> list[File]:
-    """The Python files of installed packages, without their tests. SourceError for a package that is not installed."""
+# Tests and generated code.
+    """The Python files of installed packages, without tests and generated code. SourceError for a package that is not installed."""
     files: list[File] = []
     for package in packages:
         spec = find_spec(package)
@@ -46,7 +48,7 @@ def package_files(packages: Sequence[str]) -> list[File]:
         root = Path(next(iter(spec.submodule_search_locations)))
         for path in sorted(root.rglob("*.py")):
             inner = path.relative_to(root.parent)
-            if not {"tests", "testing", "benchmarks", "__pycache__"} & set(inner.parts):
+            if not _LEFT_OUT & set(inner.parts):
                 files.append(File(inner.as_posix(), path.read_text(encoding="utf-8", errors="replace")))
     return [file for file in files if file.text.strip()]
 

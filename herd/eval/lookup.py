@@ -1,49 +1,22 @@
-"""Lookup: questions about real held-out packages, each answered by one definition in the whole context.
+"""Lookup: questions about real held-out packages, each answered by one definition in the whole context (see `exam`).
 
-A name counts only if it is defined exactly once in all text of the context. Four families, the same number of each.
-Files are chosen for a length so that constants are not too rare: those with most of them fill up to half of it.
+Asked in the same context: questions that it does not answer, and two baselines on the same questions.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
-from herd.api import Answer, Context, Model
-from herd.context.chunks import Chunk, cut
-from herd.data import code, facts
+from herd.api import Answer, Model
+from herd.data import code
 from herd.data.question import Question
-from herd.errors import SourceError
 from herd.eval import baselines, corpus, report, score
 from herd.eval.asking import ask_all, cites, read_corpus
+from herd.eval.exam import Item, prepare
 
 ABSENT_QUESTIONS = 100
-_CONSTANT = re.compile(r"^(?:[A-Za-z_]| {4}[A-Z_])\w{2,} *= *[-\d\"'(][^\n(]{0,50}$", re.M)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question, and the chunk and lines (1-based, inclusive) of its evidence."""
-
-    question: Question
-    source: str
-    chunk: int  # index into all chunks of the context
-    lines: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The files of a context, its chunks as (source, chunk), and what is asked."""
-
-    files: list[corpus.File]
-    chunks: list[tuple[str, Chunk]]
-    items: list[Item]
-    absent: list[Question]
 
 
 def lookup(
@@ -81,94 +54,6 @@ def lookup(
         "baselines": baselines.measure(exam.chunks, exam.items, base, progress),
         "rows": _rows(exam.items, answers),
     }
-
-
-def prepare(model: Model, packages: Sequence[str], tokens: int, questions: int, absent: int, seed: int) -> Exam:
-    """Choose files, cut them as the context does, and draw the questions. SourceError if there are too few."""
-    rng = Random(seed)
-    chunk_size = corpus.chunk_size(model)
-    everything = corpus.package_files(packages)
-    ordered = _constants_first(everything, tokens, seed)
-    files, _ = corpus.fill(ordered, tokens, model.tokenizer, chunk_size)
-    chunks = [(file.name, chunk) for file in files for chunk in cut(file.name, file.text, model.tokenizer, chunk_size)]
-    items = _draw(files, chunks, questions, rng)
-    return Exam(files, chunks, items, absent_questions(everything, files, absent, rng))
-
-
-def _constants_first(files: list[corpus.File], tokens: int, seed: int) -> list[corpus.File]:
-    order = corpus.shuffled(files, seed)
-    # An estimate is enough; 2,000 keeps files of a few lines from coming first.
-    dense = {file.name: len(_CONSTANT.findall(file.text)) / (2000 + len(file.text)) for file in order}
-    budget = tokens * 3 // 2  # characters: half of the length at three characters a token
-    first: list[corpus.File] = []
-    for file in sorted(order, key=lambda file: -dense[file.name]):
-        if dense[file.name] and len(file.text) <= budget:
-            first.append(file)
-            budget -= len(file.text)
-    taken = {file.name for file in first}
-    return first + [file for file in order if file.name not in taken]
-
-
-def _draw(files: Sequence[corpus.File], chunks: Sequence[tuple[str, Chunk]], questions: int, rng: Random) -> list[Item]:
-    defined: Counter[str] = Counter()
-    for file in files:
-        defined.update(code.definitions(file.text))
-    pools: dict[str, list[Item]] = {family: [] for family in code.FAMILIES}
-    for index, (source, chunk) in enumerate(chunks):
-        for question in code.questions(chunk.text, rng, "held_out"):
-            if defined[question.key] == 1 and question.value not in ("()", "(self)", "(cls)"):
-                pools[question.family].append(Item(question, source, index, evidence_lines(chunk, question)))
-    each = questions // len(pools)
-    if short := [f"{len(pool)} of {family}" for family, pool in pools.items() if len(pool) < each]:
-        raise SourceError(
-            f"the context answers only {', '.join(short)}; ask {each * len(pools)} questions of more text"
-        )
-    items = [item for pool in pools.values() for item in rng.sample(pool, each)]
-    rng.shuffle(items)
-    return items
-
-
-def evidence_lines(chunk: Chunk, question: Question) -> tuple[int, int]:
-    """The first and last line of the evidence in its source; of a class question, the method's def line."""
-    header_end = chunk.text.index("\n") + 1
-    start = chunk.text.index(question.evidence) + question.evidence.index(question.copied)
-    stop = start + len(question.copied)
-    if start < header_end:
-        found = re.search(rf"^[ \t]*(?:async\s+)?def {question.key}\b", chunk.text, re.M)
-        start, stop = found.span() if found else (header_end, header_end)
-    first, last = (chunk.first_line + chunk.text.count("\n", header_end, at) for at in (start, stop))
-    return min(first, chunk.last_line), min(last, chunk.last_line)
-
-
-def absent_questions(
-    everything: Sequence[corpus.File], files: Sequence[corpus.File], count: int, rng: Random
-) -> list[Question]:
-    """Questions that the context does not answer: 2/5 on real names of other files, 2/5 on invented names, 1/5 facts.
-
-    None of the names occurs anywhere in the context.
-    """
-    text = "\n".join(file.text for file in files)
-    inside = set(re.findall(r"\w+", text))
-    outside = _questions_elsewhere(everything, {file.name for file in files}, inside, rng)
-    real = rng.sample(outside, min(count * 2 // 5, len(outside)))
-    unknown: Callable[[str], bool] = inside.__contains__
-    invented = [code.absent(rng.choice(code.FAMILIES), rng, unknown, "held_out") for _ in range(count * 2 // 5)]
-    rest = [facts.absent(rng, "held_out") for _ in range(count - len(real) - len(invented))]
-    return [*(question.as_absent() for question in real), *invented, *rest]
-
-
-def _questions_elsewhere(
-    everything: Sequence[corpus.File], chosen: set[str], inside: set[str], rng: Random
-) -> list[Question]:
-    others = [file for file in everything if file.name not in chosen]
-    rng.shuffle(others)
-    found: dict[str, Question] = {}
-    for file in others[:100]:
-        for question in code.questions(f"# {file.name}:1\n{file.text}", rng, "held_out"):
-            # A question that names its file would give itself away.
-            if question.key not in inside and file.name.rsplit("/", 1)[-1] not in question.question:
-                found[question.key] = question
-    return list(found.values())
 
 
 def _table(items: Sequence[Item], answers: Sequence[Answer]) -> report.Result:
@@ -211,11 +96,3 @@ def _rows(items: Sequence[Item], answers: Sequence[Answer]) -> list[report.Resul
         }
         for item, answer in zip(items, answers, strict=True)
     ]
-
-
-def absent(
-    context: Context, files: Sequence[corpus.File], everything: Sequence[corpus.File], count: int, seed: int = 0
-) -> report.Result:
-    """Only the unanswerable questions, in a context that was read already."""
-    questions = absent_questions(everything, files, count, Random(seed))
-    return _absent_table(questions, context.ask_many([question.question for question in questions]))

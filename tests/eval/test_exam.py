@@ -11,6 +11,7 @@ from herd.context.chunks import cut
 from herd.data import code
 from herd.errors import ConfigError, SourceError
 from herd.eval import baselines, corpus, lookup, needle, report
+from herd.eval import exam as exam_
 
 
 class Bytes:
@@ -39,8 +40,8 @@ MODEL = SimpleNamespace(tokenizer=Bytes(), config=SimpleNamespace(attention_chun
 
 
 @pytest.fixture(scope="module")
-def exam() -> lookup.Exam:
-    return lookup.prepare(MODEL, ("networkx", "asyncio", "http", "email"), 60_000, 40, 20, 0)
+def exam() -> exam_.Exam:
+    return exam_.prepare(MODEL, ("networkx", "asyncio", "http", "email"), 60_000, 40, 20, 0)
 
 
 def test_lengths() -> None:
@@ -81,7 +82,7 @@ def test_write_leaves_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "s/c.py").stat().st_mtime_ns == before
 
 
-def test_exam_is_balanced_and_answerable(exam: lookup.Exam) -> None:
+def test_exam_is_balanced_and_answerable(exam: exam_.Exam) -> None:
     everything = "\n".join(file.text for file in exam.files)
     definitions = code.definitions(everything)
     assert [sum(i.question.family == f for i in exam.items) for f in code.FAMILIES] == [10] * 4
@@ -97,14 +98,14 @@ def test_exam_is_balanced_and_answerable(exam: lookup.Exam) -> None:
     assert len(exam.absent) == 20
 
 
-def test_tables_of_a_perfect_model(exam: lookup.Exam) -> None:
+def test_tables_of_a_perfect_model(exam: exam_.Exam) -> None:
     answers = [Reply(i.question.answer, [Cite(i.source, (i.lines[1], i.lines[1]))]) for i in exam.items]
     table = lookup._table(exam.items, answers)
     assert table["exact"] == 1 and table["first_citation_right"] == 1 and table["said_absent"] == 0
     assert lookup._absent_table(exam.absent, [Reply(q.answer, []) for q in exam.absent])["right"] == 1
 
 
-def test_bm25_finds_definitions(exam: lookup.Exam) -> None:
+def test_bm25_finds_definitions(exam: exam_.Exam) -> None:
     found = baselines.measure(exam.chunks, exam.items, None, lambda text: None)
     assert found["bm25"]["in_top_5"]["all"] > 0.6 and "rag" not in found
 
