@@ -38,8 +38,7 @@ def tokens_of(length: str | int) -> int:
 
 
 def package_files(packages: Sequence[str]) -> list[File]:
-# Tests and generated code.
-    """The Python files of installed packages, without tests and generated code. SourceError for a package that is not installed."""
+    """The Python files of installed packages, without tests and generated code. SourceError if one is not installed."""
     files: list[File] = []
     for package in packages:
         spec = find_spec(package)
