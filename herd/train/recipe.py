@@ -1,0 +1,84 @@
+"""A training run as data: one TOML file."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from herd.data.pool import PoolRecipe
+from herd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is grown (arguments of `upcycle`) and the rank of the updates on layers above the global one (0: frozen)."""
+
+    global_layer: int
+    chunk: int
+    experts: int
+    expert_width: int
+    lora_rank: int
+    lora_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: questions over chunks; the number of chunks grows from the first to the last figure."""
+
+    questions: int
+    chunks: tuple[int, int]
+    rows: int = 512  # answer tokens trained in one step, at the most
+    text_rows: int = 0  # rows of plain text that keep the model's general ability
+    text_tokens: int = 192
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    steps: int
+    retrieval_steps: int  # first steps that train attention only, without the layers above
+    lr: float
+    lora_lr: float
+    warmup: int
+    decay: float  # share of the steps, at the end, over which the rate falls to zero
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    evidence: float  # weight of -log(attention mass on the evidence)
+    text: float  # weight of plain language modelling
+    quiet: float  # weight of what the new local layer adds to the residual stream, relative to it
+    dilute_to: int  # tokens of the longest context to be imitated (virtual dilution)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    pool: PoolRecipe
+    model: Model
+    batch: Batch
+    optimizer: Optimizer
+    loss: Loss
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe. ConfigError names what is missing, unknown or of the wrong type."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    tables = {"pool": PoolRecipe, "model": Model, "batch": Batch, "optimizer": Optimizer, "loss": Loss}
+    parts = {name: _table(kind, raw.pop(name, {}), f"{path} [{name}]") for name, kind in tables.items()}
+    return _table(Recipe, {**raw, **parts}, str(path))
+
+
+def _table(kind: type, raw: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    if unknown := set(raw) - known:
+        raise ConfigError(f"{where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    try:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix(kind.__name__ + '.__init__() ')}") from None
