@@ -189,9 +189,10 @@ def known_hashes(db: sqlite3.Connection) -> dict[bytes, int]:
     return dict(db.execute("SELECT hash, id FROM chunk"))
 
 
-def insert_segment(db: sqlite3.Connection, file: str, tokens: int, size: int) -> int:
+def insert_segment(db: sqlite3.Connection, row: SegmentRow) -> int:
+    """Insert a segment; its `id` is ignored, the new one is returned."""
     query = "INSERT INTO segment (file, tokens, bytes) VALUES (?, ?, ?) RETURNING id"
-    return int(db.execute(query, (file, tokens, size)).fetchone()[0])
+    return int(db.execute(query, (row.file, row.tokens, row.bytes)).fetchone()[0])
 
 
 def insert_chunk(db: sqlite3.Connection, row: ChunkRow) -> int:

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,10 @@ class Spec:
     dtype: str = "int8"  # or float32, which keeps K/V as the model computed them
 
     def __post_init__(self) -> None:
+        if min(self.kv_heads, self.head_dim, self.chunk) < 1:
+            raise ContextError(
+                f"K/V of {self.kv_heads} heads of {self.head_dim} in chunks of {self.chunk} tokens are impossible"
+            )
         if self.dtype not in _DTYPES:
             raise ContextError(f"K/V can be kept as int8 or float32, not {self.dtype!r}")
 
@@ -93,7 +98,7 @@ def pack(k_TGd: Tensor, v_TGd: Tensor, spec: Spec) -> KV:
     return KV(k8.contiguous(), v8.contiguous(), ks.contiguous(), vs.contiguous())
 
 
-def join(parts: list[KV]) -> KV:
+def join(parts: Sequence[KV]) -> KV:
     columns = zip(*(part.arrays() for part in parts), strict=True)
     arrays: list[Tensor | None] = [torch.cat(column, 1) for column in columns]
     return KV(*[*arrays, None, None][:4])  # type: ignore[arg-type]
@@ -159,6 +164,11 @@ def damaged(path: Path, what: str) -> str:
         f"segment {path.name} of {folder} is damaged: {what}; "
         f"run `herd context compact {folder}` to drop it, then read the sources again"
     )
+
+
+def file_bytes(spec: Spec, tokens: int) -> int:
+    """Size of a segment file."""
+    return _layout(spec, tokens)[1]
 
 
 def bytes_per_token(spec: Spec) -> int:

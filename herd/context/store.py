@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -36,6 +37,9 @@ def spec_for(cfg: TextConfig, fingerprint: str, dtype: str = "int8") -> Spec:
             f"{len(cfg.global_layers)} global layers and attention_chunk_size {cfg.attention_chunk_size}"
         )
     return Spec(fingerprint, cfg.num_key_value_heads, cfg.head_dim, cfg.attention_chunk_size, dtype)
+
+
+AnyChunk = TypeVar("AnyChunk")
 
 
 @dataclass(frozen=True)
@@ -223,11 +227,10 @@ class Writer:
         added: dict[bytes, int] = {}
         with manifest.plain_errors(self.folder):
             # Joining copies the K/V; parts keep one segment, and so the copy, bounded.
-            parts = [(part, *self.write(part)) for part in split(chunks)]
+            parts = [(part, self.write([kv for _, kv in part])) for part in split(chunks)]
             with manifest.transaction(self.db):
-                for part, file, kv, size in parts:
-                    row = manifest.insert_segment(self.db, file, len(kv), size)
-                    added |= self._insert(part, row)
+                for part, row in parts:
+                    added |= self._insert(part, manifest.insert_segment(self.db, row))
                 manifest.delete_sources(self.db, removed)
                 for source in sources:
                     ids = [added.get(h) or self.known[h] for h in source.chunks]
@@ -235,12 +238,12 @@ class Writer:
                 manifest.replace_skipped(self.db, forget, skipped)
         self.known |= added
 
-    def write(self, part: Sequence[tuple[NewChunk, KV]]) -> tuple[str, KV, int]:
-        """Write one segment and sync it: its file name, joined K/V and size in bytes. No row names it yet."""
-        kv = segment.join([kv for _, kv in part])
+    def write(self, part: Sequence[KV]) -> SegmentRow:
+        """Write one segment and sync it. No row names it yet, so its id is 0."""
+        kv = segment.join(part)
         # A random name: a reader that was late can never open a newer file under an old name.
         file = secrets.token_hex(8) + segment.SUFFIX
-        return file, kv, segment.write(self.folder / file, kv, self.spec)
+        return SegmentRow(0, file, len(kv), segment.write(self.folder / file, kv, self.spec))
 
     def _insert(self, part: Sequence[tuple[NewChunk, KV]], row: int) -> dict[bytes, int]:
         added, start = {}, 0
@@ -253,9 +256,9 @@ class Writer:
         return added
 
 
-def split(chunks: Sequence[tuple[NewChunk, KV]]) -> list[list[tuple[NewChunk, KV]]]:
+def split(chunks: Sequence[tuple[AnyChunk, KV]]) -> list[list[tuple[AnyChunk, KV]]]:
     """Chunks in runs of at most SEGMENT_TOKENS (one chunk at least)."""
-    runs: list[list[tuple[NewChunk, KV]]] = []
+    runs: list[list[tuple[AnyChunk, KV]]] = []
     tokens = 0
     for new, kv in chunks:
         if not runs or tokens + len(kv) > SEGMENT_TOKENS:

@@ -1,0 +1,223 @@
+"""Upkeep of a context folder: verify, compact, merge. None of them needs the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from herd.context import manifest, segment
+from herd.context.manifest import ChunkRow, SegmentRow
+from herd.context.segment import KV, Spec
+from herd.context.store import (
+    SEGMENT_TOKENS,
+    NewChunk,
+    NewSource,
+    Store,
+    Writer,
+    check_bounds,
+    chunk_hash,
+    lock,
+    remove_unnamed,
+    split,
+    stored_spec,
+    unpack_ids,
+)
+from herd.errors import ContextError
+
+_SMALL_TOKENS = SEGMENT_TOKENS // 4
+_MENDED = "its K/V was damaged and dropped; read it again"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`problems` is empty for a sound context; each problem names the segment and the fix."""
+
+    sources: int
+    chunks: int
+    tokens: int
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Bytes on disk before and after, chunks dropped because no source uses them, and sources that lost chunks."""
+
+    bytes_before: int
+    bytes_after: int
+    dropped_chunks: int
+    damaged_sources: list[str]
+
+
+def verify(folder: str | Path) -> Verified:
+    """Check every byte of a context: the manifest, sizes, bounds, hashes and checksums."""
+    folder = Path(folder)
+    spec = stored_spec(folder)
+    with manifest.connect(folder) as db, manifest.snapshot(db):
+        problems = [
+            f"{folder}/{manifest.FILE} is damaged: {row[0]}; delete the folder and read the sources again"
+            for row in db.execute("PRAGMA integrity_check")
+            if row[0] != "ok"
+        ]
+        chunks, rows, sources = manifest.chunks(db, live=False), manifest.segments(db), manifest.sources(db)
+        for row in rows:
+            _, bad = _sound(folder, row, [chunk for chunk in chunks if chunk.segment == row.id], spec)
+            problems += bad
+    return Verified(len(sources), len(chunks), sum(chunk.tokens for chunk in chunks), problems)
+
+
+def compact(folder: str | Path) -> Compacted:
+    """Drop damaged chunks and those no source uses, and join small segments. The context answers as before.
+
+    A source that lost a chunk is dropped too and listed as skipped, so that it is read again and never half there.
+    """
+    folder = Path(folder)
+    spec = stored_spec(folder)
+    with lock(folder), manifest.connect(folder) as db, manifest.plain_errors(folder):
+        remove_unnamed(folder, db)
+        before = _size(folder)
+        writer = Writer(folder, spec, db)
+        dropped, moving, old = 0, list[tuple[ChunkRow, KV]](), list[SegmentRow]()
+        damaged: list[ChunkRow] = []
+        used = {chunk for _, chunk in manifest.source_chunks(db)}
+        rows = manifest.segments(db)
+        chunks = manifest.chunks(db, live=False)
+        for row in rows:
+            own = [chunk for chunk in chunks if chunk.segment == row.id]
+            sound, problems = _sound(folder, row, own, spec)
+            kept = [(chunk, kv) for chunk, kv in sound if chunk.id in used]
+            if len(kept) == len(own) and row.tokens > _SMALL_TOKENS and not problems:
+                continue
+            sound_ids = {chunk.id for chunk, _ in sound}
+            damaged += [chunk for chunk in own if chunk.id not in sound_ids]
+            dropped += len(own) - len(kept)
+            moving += kept
+            old.append(row)
+        if len(old) > 1 or dropped:
+            lost = _replace(writer, old, moving, damaged)
+        else:
+            lost = []
+        db.execute("VACUUM")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        remove_unnamed(folder, db)
+    return Compacted(before, _size(folder), dropped, lost)
+
+
+def _replace(
+    writer: Writer, old: list[SegmentRow], moving: list[tuple[ChunkRow, KV]], bad: list[ChunkRow]
+) -> list[str]:
+    """Write the moving chunks to new segments, point the rows at them and forget the old segments, all at once."""
+    db = writer.db
+    parts = []
+    for part in split(moving):
+        file, kv, size = writer.write(part)
+        parts.append((part, file, len(kv), size))
+    bad_ids = {chunk.id for chunk in bad}
+    hit = {source for source, chunk in manifest.source_chunks(db) if chunk in bad_ids}
+    lost = [source for source in manifest.sources(db) if source.id in hit]
+    with manifest.transaction(db):
+        for part, file, tokens, size in parts:
+            row, start = manifest.insert_segment(db, file, tokens, size), 0
+            for chunk, _ in part:
+                manifest.move_chunk(db, chunk.id, row, start)
+                start += chunk.tokens
+        manifest.delete_sources(db, [source.id for source in lost])
+        manifest.replace_skipped(db, [], [(s.path or s.name.encode(), s.name, _MENDED) for s in lost])
+        kept = {chunk.id for chunk, _ in moving}
+        left = {row.id for row in old}
+        gone = [chunk.id for chunk in manifest.chunks(db, live=False) if chunk.segment in left and chunk.id not in kept]
+        manifest.delete_chunks(db, gone)
+        manifest.delete_segments(db, left)
+    return [source.name for source in lost]
+
+
+def merge(folder: str | Path, other: str | Path) -> int:
+    """Copy all sources of another context of the same model into this one; returns the tokens that were copied.
+
+    A source of the same path, or of the same name and content, is replaced; one of the same name but another
+    content gets a number behind its name.
+    """
+    target, source = Store.open(folder), Store.open(other)
+    if target.spec != source.spec:
+        raise ContextError(
+            f"{other} and {folder} were read by different models or settings "
+            f"({source.spec.fingerprint[:12]} and {target.spec.fingerprint[:12]}); read the sources again instead"
+        )
+    if target.folder.resolve() == source.folder.resolve():
+        raise ContextError(f"{folder} cannot be merged into itself; name two folders")
+    copied = 0
+    with target.writer() as writer:
+        batch: list[tuple[NewChunk, KV]] = []
+        for index, row in enumerate(source.chunks):
+            if row.hash in writer.known:
+                continue
+            kv = source.kv(index)
+            if kv.crc() != row.crc:
+                raise ContextError(f"{other} is damaged (chunk {row.id}); run `herd context compact {other}` first")
+            batch.append((NewChunk(row.hash, source.ids(index), row.first_line, row.last_line), kv))
+            copied += row.tokens
+            if sum(len(kv) for _, kv in batch) >= SEGMENT_TOKENS - source.spec.chunk:
+                writer.commit(batch)
+                batch = []
+        sources, skipped = _merged_sources(writer, source)
+        writer.commit(batch, sources, skipped=skipped)
+    return copied
+
+
+def _merged_sources(writer: Writer, other: Store) -> tuple[list[NewSource], list[tuple[bytes, str, str]]]:
+    """The sources of the other context under names that are free here, and what it skipped."""
+    hash_of = {row.id: row.hash for row in manifest.chunks(writer.db, live=False)}
+    here: dict[int, list[bytes]] = {}
+    for source, chunk in manifest.source_chunks(writer.db):
+        here.setdefault(source, []).append(hash_of[chunk])
+    taken = {row.name: row for row in manifest.sources(writer.db)}
+    with manifest.connect(other.folder) as db, manifest.snapshot(db):
+        rows, hashes = manifest.sources(db), {row.id: row.hash for row in manifest.chunks(db, live=True)}
+        skipped = manifest.skipped(db)
+        chunks: dict[int, list[bytes]] = {}
+        for source, chunk in manifest.source_chunks(db):
+            chunks.setdefault(source, []).append(hashes[chunk])
+    found = []
+    for row in rows:
+        name, number = row.name, 2
+        mine = chunks.get(row.id, [])
+        while name in taken and not (
+            (row.path is not None and taken[name].path == row.path) or here.get(taken[name].id, []) == mine
+        ):
+            name, number = f"{row.name}~{number}", number + 1
+        found.append(NewSource(name, row.path, row.stat, mine))
+    return found, skipped
+
+
+def _sound(
+    folder: Path, row: SegmentRow, chunks: list[ChunkRow], spec: Spec
+) -> tuple[list[tuple[ChunkRow, KV]], list[str]]:
+    """The chunks of a segment whose bytes are as they were written, and what is wrong with the others."""
+    path = folder / row.file
+    try:
+        kv = segment.load(path, row.tokens, spec)
+        check_bounds(path, row, chunks, spec)
+    except ContextError as error:
+        return [], [str(error)]
+    except FileNotFoundError:
+        return [], [segment.damaged(path, "the file is missing")]
+    sound, problems = [], []
+    for chunk in chunks:
+        part = kv.part(chunk.start, chunk.start + chunk.tokens)
+        wrong = _wrong(chunk, part, spec)
+        if wrong:
+            problems.append(segment.damaged(path, f"chunk {chunk.id}: {wrong}"))
+        else:
+            sound.append((chunk, part))
+    return sound, problems
+
+
+def _wrong(chunk: ChunkRow, kv: KV, spec: Spec) -> str:
+    """What is wrong with a chunk; "" if nothing is."""
+    try:
+        if chunk_hash(spec.fingerprint, unpack_ids(chunk.ids, chunk.tokens)) != chunk.hash:
+            return "its token ids do not match its hash"
+    except ContextError as error:
+        return str(error)
+    return "" if kv.crc() == chunk.crc else "its checksum does not match"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
