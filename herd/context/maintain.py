@@ -90,10 +90,8 @@ def compact(folder: str | Path) -> Compacted:
             dropped += len(own) - len(kept)
             moving += kept
             old.append(row)
-        if len(old) > 1 or dropped:
-            lost = _replace(writer, old, moving, damaged)
-        else:
-            lost = []
+        # One small segment alone gains nothing from being written again.
+        lost = _replace(writer, old, moving, damaged) if len(old) > 1 or dropped else []
         db.execute("VACUUM")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         remove_unnamed(folder, db)
@@ -105,16 +103,13 @@ def _replace(
 ) -> list[str]:
     """Write the moving chunks to new segments, point the rows at them and forget the old segments, all at once."""
     db = writer.db
-    parts = []
-    for part in split(moving):
-        file, kv, size = writer.write(part)
-        parts.append((part, file, len(kv), size))
+    parts = [(part, writer.write([kv for _, kv in part])) for part in split(moving)]
     bad_ids = {chunk.id for chunk in bad}
     hit = {source for source, chunk in manifest.source_chunks(db) if chunk in bad_ids}
     lost = [source for source in manifest.sources(db) if source.id in hit]
     with manifest.transaction(db):
-        for part, file, tokens, size in parts:
-            row, start = manifest.insert_segment(db, file, tokens, size), 0
+        for part, new in parts:
+            row, start = manifest.insert_segment(db, new), 0
             for chunk, _ in part:
                 manifest.move_chunk(db, chunk.id, row, start)
                 start += chunk.tokens
