@@ -32,7 +32,8 @@ class Ignore:
         ignore = cls()._add(folder, os.path.join(folder, b".git", b"info", b"exclude"))
         for folder in reversed(outer):
             ignore = ignore.enter(folder)
-        return ignore
+        # Who names a folder that git ignores wants it read (a Python installed inside a repository, say).
+        return cls() if ignore.ignores(root, True) else ignore
 
     def enter(self, folder: bytes) -> "Ignore":
         """These rules and those of the folder's own `.gitignore`."""
