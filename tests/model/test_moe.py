@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from herd.kernels import reference
 from herd.model.moe import MoE
 from tests.model.tiny_models import tiny
 
@@ -85,8 +86,6 @@ def test_no_token_and_one_token() -> None:
 @torch.inference_mode()
 def test_work_does_not_grow_with_the_number_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix product is over rows of its own expert: as many rows in all as tokens times top-k."""
-    import herd.kernels.reference as reference
-
     rows: list[int] = []
 
     def counting(gate: Tensor, up: Tensor) -> Tensor:
