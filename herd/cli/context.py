@@ -7,7 +7,6 @@ import typer
 
 from herd.cli.output import JsonFlag, examples, interruptible, note, print_json
 from herd.cli.report import print_skipped
-from herd.errors import ContextError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,16 +55,16 @@ def show(folder: Folder, as_json: JsonFlag = False) -> None:
 
 @app.command(epilog=examples("herd context verify ./ctx"))
 def verify(folder: Folder, as_json: JsonFlag = False) -> None:
-    """Check every byte. Problems are listed with the fix, and the exit code is 2."""
+    """Check every byte. Problems are listed on stderr with the fix, and the exit code is 1."""
     from herd.context.maintain import verify
 
     found = verify(folder)
     if as_json:
         print_json({**vars(found), "ok": not found.problems})
-    for problem in found.problems[1:]:
+    for problem in found.problems:
         note(f"damaged: {problem}")
     if found.problems:
-        raise ContextError(found.problems[0])
+        raise typer.Exit(1)
     if not as_json:
         print(f"{folder} is sound: {found.tokens:,} tokens, {found.chunks:,} chunks, {found.sources:,} sources")
 
@@ -100,3 +99,38 @@ def merge(
         print_json({"dir": str(folder), "copied_tokens": copied})
     else:
         print(f"{copied:,} tokens copied into {folder}")
+
+
+@app.command(epilog=examples("herd context export ./ctx ctx.herd"))
+def export(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive to write; it must not exist.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a context to one file, with checksums. Paths of this machine are left out."""
+    from herd.context.archive import export
+
+    with interruptible(f"{file} was not written"):
+        size = export(folder, file)
+    if as_json:
+        print_json({"file": str(file), "bytes": size})
+    else:
+        print(f"{file}: {size:,} bytes")
+
+
+@app.command("import", epilog=examples("herd context import ctx.herd ./ctx"))
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive that export wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Unpack an archive into a new folder, if every part of it proves sound."""
+    from herd.context.archive import import_
+
+    with interruptible(f"{folder} was not written"):
+        store = import_(file, folder)
+    result = {"dir": str(folder), "tokens": store.tokens, "sources": len(store.sources)}
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{folder}: {store.tokens:,} tokens of {len(store.sources):,} sources")

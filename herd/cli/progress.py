@@ -1,9 +1,11 @@
-"""The progress bar of reading, on stderr and only for a terminal."""
+"""Progress bars, on stderr and only for a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from herd.cli.output import note
 
 if TYPE_CHECKING:
     from herd.context.read import Progress as ReadProgress
@@ -30,6 +32,34 @@ def reading() -> Iterator[Callable[["ReadProgress"], None] | None]:
             spent = at.read_tokens / at.tokens_per_s if at.tokens_per_s else 0.0
             total = None if at.eta_s is None else spent + at.eta_s
             bar.update(task, description=text, completed=spent, total=total)
+
+        yield show
+
+
+@contextmanager
+def training() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """A callback for herd.train.run: a bar per stage with the newest figures; without a terminal, a line per stage."""
+    stages: dict[str, int] = {}
+    if not sys.stderr.isatty():
+
+        def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if stage not in stages:
+                stages[stage] = len(stages)
+                note(f"{stage}: {total:,} to do")
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+
+        def show(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task("", total=total, stage=stage)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            bar.update(stages[stage], completed=done, total=total, description=text)
 
         yield show
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from herd.cli.output import JsonFlag, examples, interruptible, print_json
+from herd.cli.progress import training
 
 NAME = "train"
 EXAMPLES = examples("herd train recipes/cria.toml", "herd train recipes/cria.toml --run-dir runs/cria --resume")
@@ -21,7 +22,10 @@ def command(
     from herd import train
 
     folder = run_dir or Path("runs") / recipe.stem
-    with interruptible(f"the last checkpoint in {folder} is kept; --resume goes on from it"):
-        result = train.run(recipe, folder, resume=resume)
+    with interruptible(f"the last checkpoint in {folder} is kept; --resume goes on from it"), training() as progress:
+        figures = train.run(recipe, folder, resume=resume, progress=progress)
+    result = {"recipe": str(recipe), "run_dir": str(folder), **figures}
     if as_json:
         print_json(result)
+    else:
+        print("\n".join(f"{name} {value}" for name, value in result.items()))

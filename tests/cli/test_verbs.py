@@ -104,6 +104,35 @@ def test_read(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path)
     assert out == "" and "read 0 in" in err
 
 
+def test_context_verbs(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    context, archive, other = (notes.parent / name for name in ("ctx", "ctx.herd", "other"))
+    model = ("--model", tiny_model)
+    tokens = run_json(capsys, "read", notes, "--context", context, *model, "--json")["context"]["tokens"]
+    shown = run_json(capsys, "context", "show", context, "--json")
+    assert shown["tokens"] == tokens == sum(source["tokens"] for source in shown["sources"])
+    assert [source["source"] for source in shown["sources"]] == ["notes/gate.txt", "notes/port.py"]
+    assert run_json(capsys, "context", "verify", context, "--json")["ok"] is True
+    assert run_json(capsys, "context", "compact", context, "--json")["dropped_chunks"] == 0
+    assert run_json(capsys, "context", "export", context, archive, "--json")["bytes"] == archive.stat().st_size
+    assert run_json(capsys, "context", "import", archive, other, "--json") == {
+        "dir": str(other),
+        "tokens": tokens,
+        "sources": 2,
+    }
+    assert run_json(capsys, "context", "merge", context, other, "--json")["copied_tokens"] == 0
+    assert "exists" in fails(capsys, "context", "export", context, archive)
+    for verb in ("show", "verify", "compact"):
+        assert run(["context", verb, str(context)]) == 0
+        assert capsys.readouterr().out
+        assert "holds no context" in fails(capsys, "context", verb, notes / "none")
+    [segment] = context.glob("*.kv")
+    data = bytearray(segment.read_bytes())
+    data[-1] ^= 1
+    segment.write_bytes(data)
+    assert run(["context", "verify", str(context)]) == 1
+    assert "herd context compact" in capsys.readouterr().err
+
+
 def test_chat(
     capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
