@@ -62,6 +62,11 @@ def test_active_parameters_without_embeddings() -> None:
     assert MAVERICK.num_parameters(active=True) - 2 * matrix == 15_115_719_680
 
 
+def test_active_parameters_grow_by_one_expert_a_layer() -> None:
+    one, two = (replace(TINY, num_experts_per_tok=k).num_parameters(active=True) for k in (1, 2))
+    assert two - one == 6 * 3 * 16 * 12
+
+
 @pytest.mark.parametrize(
     "changes",
     [
