@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from herd.checkpoint.files import SHARD_BYTES, ShardWriter, new_folder, write_json
-from herd.checkpoint.gguf_llama import read_gguf
 from herd.checkpoint.llama import LlamaSource, read_hf
 from herd.config import TextConfig
 from herd.errors import CheckpointError
@@ -44,6 +43,9 @@ def upcycle(
     dtype: of the written weights; by default as stored, which is float32 for quantised GGUF tensors.
     Texts up to `chunk` tokens give the source's logits. CheckpointError if the source cannot be upcycled.
     """
+    # gguf takes long to import, and every command imports this module.
+    from herd.checkpoint.gguf_llama import read_gguf
+
     source, out = Path(source), Path(out)
     origin = read_gguf(source) if source.is_file() else read_hf(source)
     depth = origin.config.num_hidden_layers

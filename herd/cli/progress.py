@@ -39,21 +39,22 @@ def reading() -> Iterator[Callable[["ReadProgress"], None] | None]:
 @contextmanager
 def training() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     """A callback for herd.train.run: a bar per stage with the newest figures; without a terminal, a line per stage."""
-    stages: dict[str, int] = {}
     if not sys.stderr.isatty():
+        told = set[str]()
 
         def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-            if stage not in stages:
-                stages[stage] = len(stages)
+            if stage not in told:
+                told.add(stage)
                 note(f"{stage}: {total:,} to do")
 
         yield tell
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        stages: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
             if stage not in stages:
