@@ -1,6 +1,8 @@
 """The Python examples of the README and of docs/ run as they are printed, with a tiny model in Cria's place."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,8 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     found -= {"__pycache__", "__init__.py", "__main__.py", "py.typed", "models"}
     assert found <= listed, found - listed
     assert listed - {"models/cria"} <= found, listed - found
+
+
+def test_measured_figures_are_those_of_the_committed_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

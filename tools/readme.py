@@ -1,0 +1,118 @@
+"""Fill README.md's measured table from eval/*.json and its transcript from eval/demo.txt.
+
+Usage: python tools/readme.py [--check]. With --check nothing is written; exit code 1 if the README is not up to date.
+No figure is typed by hand: the table holds what the committed results hold.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(what, measured, asked for) of one result file's figures."""
+    for one in result["results"]:
+        kind, size = one["eval"], _size(one.get("length"))
+        if kind == "needle":
+            yield f"needle, {size} tokens, {one['trials']} trials: exact", _percent(one["exact"]), _goal(one, 97, 95)
+        elif kind == "lookup":
+            yield from _lookup(one, size)
+        elif kind == "context":
+            yield from _context(one, size)
+        elif kind == "perplexity":
+            change = f"{one['change_percent']:+.2f} %" if "change_percent" in one else "not measured"
+            yield f"perplexity of {one['text']} against the base model", change, "≤ +2 %"
+
+
+def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
+    name = f"lookup, {size} tokens, {one['questions']} questions"
+    yield f"{name}: exact", _percent(one["exact"]), _goal(one, 85, 80)
+    yield f"{name}: first citation right", _percent(one["first_citation_right"]), "≥ 90 %"
+    yield f"{name}: BM25 alone, right chunk first", _percent(one["baselines"]["bm25"]["first_chunk_right"]["all"]), ""
+    if "rag" in one["baselines"]:
+        yield (
+            f"{name}: BM25 top 5 + base model, value in answer",
+            _percent(one["baselines"]["rag"]["value_in_answer"]["all"]),
+            "",
+        )
+    yield (
+        f"absent answers, {size} tokens, {one['absent']['questions']} questions: said so",
+        _percent(one["absent"]["right"]),
+        "≥ 80 %",
+    )
+
+
+def _context(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
+    yield f"reading {size} tokens", f"{one['read_tokens_per_s']:,} tokens/s", "≥ 2,000"
+    yield f"K/V on disk, {size} tokens", f"{one['bytes_per_token']} bytes/token", "≤ 400"
+    yield f"peak memory, {size} tokens", f"{max(one['peak_memory_gb'].values())} GB", "≤ 3 GB"
+    yield f"second ask, {size} tokens: first token", f"{one['second_ask_first_token_s']} s", "≤ 3 s"
+    yield f"edit a file and ask, {size} tokens: first token", f"{one['edit_and_ask_first_token_s']} s", "≤ 5 s"
+    yield f"edit a file and ask, {size} tokens: whole answer", f"{one['edit_and_ask_s']} s", ""
+
+
+def table(folder: Path) -> str:
+    """The table of all results in a folder, and where each was measured."""
+    lines = ["| what | measured | goal | result |", "|---|---|---|---|"]
+    machines = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machine = result["machine"]
+        machines.append(f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']} GB")
+        link = f"[{path.name}](eval/{path.name})"
+        lines += [f"| {what} | {measured} | {goal} | {link} |" for what, measured, goal in rows(result)]
+    if not machines:
+        return "Nothing is measured yet."
+    where = "; ".join(dict.fromkeys(machines))
+    return "\n".join([*lines, "", f"Machine: {where}. Each result file names its command."])
+
+
+def transcript(path: Path) -> str:
+    """The committed output of `make demo`."""
+    if not path.is_file():
+        return "No transcript yet."
+    return f"```\n{path.read_text(encoding='utf-8').strip()}\n```"
+
+
+def filled(readme: str) -> str:
+    """The README with both parts between their markers replaced."""
+    readme = _put(readme, "measured", table(ROOT / "eval"))
+    return _put(readme, "transcript", transcript(ROOT / "eval" / "demo.txt"))
+
+
+def _put(text: str, name: str, part: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{part}\n{end}", text, flags=re.DOTALL)
+
+
+def _percent(share: float | None) -> str:
+    return "none asked" if share is None else f"{100 * share:.1f} %"
+
+
+def _goal(one: dict[str, Any], at_128k: int, at_1m: int) -> str:
+    goals = {128_000: at_128k, 131_072: at_128k, 1_000_000: at_1m, 1_048_576: at_1m}
+    return f"≥ {goals[one['length']]} %" if one["length"] in goals else ""
+
+
+def _size(tokens: int | None) -> str:
+    return f"{tokens:,}" if tokens else ""
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv[1:]:
+        print("README: up to date" if old == new else "README.md does not match eval/; run: python tools/readme.py")
+        return int(old != new)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
