@@ -69,8 +69,8 @@ class PoolRecipe:
 def build(recipe: PoolRecipe, tokenizer: Tokenizer) -> Pool:
     """Read real text, insert facts, ask. The same recipe over the same files gives the same pool."""
     rng = Random(recipe.seed)
-    drafts = [_chunk(text, rng, recipe, tokenizer) for text in _texts(recipe, rng, tokenizer)]
-    drafts = [d for d in drafts if d is not None]
+    made = [_chunk(text, rng, recipe, tokenizer) for text in _texts(recipe, rng, tokenizer)]
+    drafts = [draft for draft in made if draft is not None]
     defined = Counter(name for text, _ in drafts for name in code.definitions(text))
     keys = Counter(key for _, asked in drafts for key in {q.key for q in asked if q.key})
     writer = _Writer(tokenizer)

@@ -3,6 +3,8 @@
 Shape suffixes: B batch, T tokens, D hidden, V vocabulary, G key/value heads, d head_dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,9 @@ class Decoder(nn.Module):
     def __init__(self, cfg: TextConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        # nn.ModuleList forgets what it holds; the annotation does not.
+        blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
 
