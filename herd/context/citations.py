@@ -67,12 +67,15 @@ def _narrow(lines: list[int], mass: Tensor) -> tuple[int, int] | None:
     body = sum(by_line.values())
     if body <= header:
         return None
-    first = last = max(by_line, key=by_line.__getitem__)
-    held = by_line[first]
-    while held < _LINE_SHARE * body:
-        before, after = by_line.get(first - 1, -1.0), by_line.get(last + 1, -1.0)
+    # One token may hold several line ends, so line numbers have gaps: walk over the lines there are.
+    numbers = sorted(by_line)
+    first = last = numbers.index(max(by_line, key=by_line.__getitem__))
+    held = by_line[numbers[first]]
+    while held < _LINE_SHARE * body and last - first + 1 < len(numbers):
+        before = by_line[numbers[first - 1]] if first else -1.0
+        after = by_line[numbers[last + 1]] if last + 1 < len(numbers) else -1.0
         if before > after:
             first, held = first - 1, held + before
         else:
             last, held = last + 1, held + after
-    return first, last
+    return numbers[first], numbers[last]
