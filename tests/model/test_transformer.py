@@ -57,9 +57,10 @@ def test_rows_of_a_batch_are_independent() -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 7, 29, 100])
-@pytest.mark.parametrize("length", [1, 4, 8, 29])
-def test_causal_attention_equals_a_mask(chunk: int | None, length: int) -> None:
-    """Whole sequences are folded into rows of chunks; a plain mask says what that must give."""
+@pytest.mark.parametrize("length", [1, 4, 8, 29, 200])
+@pytest.mark.parametrize("training", [False, True])
+def test_causal_attention_equals_a_mask(chunk: int | None, length: int, training: bool) -> None:
+    """Whole sequences are folded into rows of chunks; a plain mask says what that must give, with gradients or not."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, length, heads, 6, generator=generator) for heads in (4, 2, 2))
     positions = torch.arange(length).expand(2, -1)
@@ -67,7 +68,9 @@ def test_causal_attention_equals_a_mask(chunk: int | None, length: int) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
     )
-    torch.testing.assert_close(causal_attention(q, k, v, chunk), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    with torch.set_grad_enabled(training):
+        out = causal_attention(q, k, v, chunk)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
