@@ -15,7 +15,12 @@ _SAVE_EVERY = 16  # batches
 
 
 def hidden_states(
-    transformer: Transformer, depth: int, ids_N: np.ndarray, start: np.ndarray, path: Path, progress: Callable[[int], None]
+    transformer: Transformer,
+    depth: int,
+    ids_N: np.ndarray,
+    start: np.ndarray,
+    path: Path,
+    progress: Callable[[int], None],
 ) -> Tensor:
     """States [N, D] bfloat16 below layer `depth`, memory-mapped from `path`; row i of the text is start[i]:start[i+1].
 
@@ -54,7 +59,7 @@ def _fill(
     ids_BT = pad([torch.from_numpy(ids_N[start[r] : start[r + 1]].astype(np.int64)) for r in rows])
     positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     x_BTD = transformer.model.embed_tokens(ids_BT)
-    for block in transformer.model.layers[:depth]:
+    for block in transformer.blocks[:depth]:
         x_BTD = block(x_BTD, positions_BT, None)
     for x_TD, r in zip(x_BTD.bfloat16(), rows, strict=True):
         states[start[r] : start[r + 1]] = x_TD[: start[r + 1] - start[r]].view(torch.int16).numpy()

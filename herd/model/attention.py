@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from herd.config import TextConfig
-from herd.kernels import apply_rope, rms_norm
-from herd.model.cache import Cache
+from herd.kernels import apply_rope, attend, rms_norm
+from herd.model.cache import Cache, visible
 from herd.model.rope import inverse_frequencies, rope_angles, temperature
 
 
@@ -59,9 +59,12 @@ class Attention(nn.Module):
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, chunk: int | None) -> Tensor:
     """Attention of whole sequences that start at position 0; chunks become rows of the batch (spec §2.4)."""
     B, T = q_BTHd.shape[:2]
+    if torch.is_grad_enabled() and T <= _SHORT and q_BTHd.device.type == "cpu":
+        positions_BT = torch.arange(T).unsqueeze(0)
+        return attend(q_BTHd, k_BTGd, v_BTGd, visible(positions_BT, positions_BT, chunk))[0].to(q_BTHd.dtype)
     parts = (q_BTHd, k_BTGd, v_BTGd)
     folded = chunk is not None and T > chunk
-    if folded:
+    if chunk is not None and folded:
         # Padding stands after every real token of the last chunk, so causality hides it.
         parts = tuple(nn.functional.pad(x, (0, 0, 0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)).flatten(0, 1)
                       for x in parts)  # fmt: skip
@@ -69,6 +72,9 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, chunk: int 
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     return out.unflatten(0, (B, -1)).flatten(1, 2)[:, :T] if folded else out
 
+
+# The backward pass of flash attention on CPU takes four times as long as the plain one for rows this short.
+_SHORT = 128
 
 _tables: dict[tuple[TextConfig, torch.device], Tensor] = {}
 

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D hidden, V vocabulary, G key/value heads, d 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,11 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, bottom to top."""
+        return cast(list[Block], list(self.model.layers))
 
     def forward(
         self,

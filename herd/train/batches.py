@@ -1,6 +1,7 @@
-"""Steps drawn from a pool: some chunks, and questions about them. A step's batch depends on the seed and its number only."""
+"""Steps drawn from a pool: some chunks, and questions about them. Seed and step number decide alone."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ class Batches:
         self._lengths = np.diff(pool.question_start_Q)
         order = np.argsort(pool.chunk_of_Q, kind="stable")
         bounds = np.searchsorted(pool.chunk_of_Q[order], np.arange(-1, len(pool.chunk_start_C)))
-        self._about = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]  # [0]: absent questions
+        self._about = [order[a:b] for a, b in pairwise(bounds)]  # [0]: absent questions
 
-    def draw(self, step: int) -> Batch:
+    def draw(self, step: int, *, few: bool) -> Batch:
+        """The batch of one step; `few`: of the smallest number of chunks, and of short questions."""
         r, pool = self.recipe, self.pool
         rng = np.random.default_rng((r.seed, step))
-        chunks = rng.choice(len(pool.chunk_start_C) - 1, self._chunk_count(rng), replace=False)
-        questions = self._questions(chunks, rng)
+        chunks = rng.choice(len(pool.chunk_start_C) - 1, self._chunk_count(rng, few), replace=False)
+        questions = self._questions(chunks, rng, few)
         lengths = [int(n) for n in pool.chunk_start_C[chunks + 1] - pool.chunk_start_C[chunks]]
         first_of = dict(zip(chunks.tolist(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
         rows, tokens, targets, evidence = [], [], [], []
@@ -38,7 +40,8 @@ class Batches:
             targets.append(pool.question_ids_M[answer + 1])
             evidence.append(np.where(place >= 0, place + first_of.get(int(pool.chunk_of_Q[q]), 0), place))
         kept = _thin(np.concatenate(evidence), r.batch.rows, rng)
-        longest = math.log(max(r.loss.dilute_to / sum(lengths), 1.0))
+        # Copying is learnt from contexts whose evidence stands out; only looking is trained under full dilution.
+        longest = math.log(max((r.loss.dilute_answers_to if few else r.loss.dilute_to) / sum(lengths), 1.0))
         text, text_ids = self._text(chunks, rng)
         return Batch(
             chunk_CTD=pad([_row(self.chunk_states, pool.chunk_start_C, c) for c in chunks]),
@@ -53,15 +56,16 @@ class Batches:
             text_ids_BT=text_ids,
         )
 
-    def _chunk_count(self, rng: np.random.Generator) -> int:
+    def _chunk_count(self, rng: np.random.Generator, few: bool) -> int:
         low, high = self.recipe.batch.chunks
-        return min(int(round(math.exp(rng.uniform(math.log(low), math.log(high))))), len(self.pool.chunk_start_C) - 1)
+        high = low if few else high
+        return min(round(math.exp(rng.uniform(math.log(low), math.log(high)))), len(self.pool.chunk_start_C) - 1)
 
-    def _questions(self, chunks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _questions(self, chunks: np.ndarray, rng: np.random.Generator, few: bool) -> np.ndarray:
         """Questions these chunks answer, and some they do not."""
         r = self.recipe
         # Rows of like length waste little padding: often only short questions, sometimes any.
-        longest = np.quantile(self._lengths, rng.choice((0.5, 0.8, 1.0)))
+        longest = np.quantile(self._lengths, rng.choice((0.4, 0.7, 0.85 if few else 1.0)))
         present = np.concatenate([self._about[c + 1] for c in chunks])
         present = present[self._lengths[present] <= longest]
         absent = rng.choice(self._about[0], min(len(self._about[0]), 4 * r.batch.questions), replace=False)
@@ -72,7 +76,9 @@ class Batches:
 
     def _text(self, chunks: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         pool, batch = self.pool, self.recipe.batch
-        starts = [int(pool.chunk_start_C[c]) for c in rng.choice(chunks, min(batch.text_rows, len(chunks)), replace=False)]
+        starts = [
+            int(pool.chunk_start_C[c]) for c in rng.choice(chunks, min(batch.text_rows, len(chunks)), replace=False)
+        ]
         spans = [(s, min(s + batch.text_tokens, len(pool.chunk_ids_N))) for s in starts]
         spans = [(s, e) for s, e in spans if e - s == batch.text_tokens]
         if not spans:
@@ -95,4 +101,3 @@ def _thin(evidence_R: np.ndarray, most: int, rng: np.random.Generator) -> Tensor
 
 def _long(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-

@@ -8,9 +8,13 @@ of wider windows instead, which matches paraphrases. Training starts from here, 
 Shape suffixes: N tokens, D hidden, H query heads, G key/value heads, d head_dim, T tokens of a chunk.
 """
 
-import torch
-from torch import Tensor, nn
+from copy import deepcopy
 
+import torch
+from torch import Tensor
+
+from herd.model.attention import Attention
+from herd.model.moe import MoE
 from herd.model.transformer import Block
 
 SHARP = (1, 2, 3, 4, 5, 6)  # tokens back
@@ -24,7 +28,9 @@ _SINK = 0.4  # logit of a row's own first token, relative to a full match: what 
 
 
 @torch.no_grad()
-def construct(local: Block, top: Block, states_ND: Tensor, ids_N: Tensor, unembedding_VD: Tensor, first: Tensor) -> None:
+def construct(
+    local: Block, top: Block, states_ND: Tensor, ids_N: Tensor, unembedding_VD: Tensor, first: Tensor
+) -> None:
     """Set the weights of both layers from hidden states below them (a sample of whole text) and their token ids.
 
     first: hidden state [D] of the token that every question begins with. Needs nine heads in three groups.
@@ -59,7 +65,34 @@ def construct(local: Block, top: Block, states_ND: Tensor, ids_N: Tensor, unembe
     _copying(top, x_ND, ids_N, unembedding_VD, constant_D, size)
 
 
-def look_back(attn: nn.Module, constant_D: Tensor) -> None:
+@torch.no_grad()
+def erase(local: Block, top: Block, states_ND: Tensor) -> None:
+    """Make the global layer's shared expert take away again what the new local layer has written.
+
+    Only keys and queries need those codes; the layers above were trained without them. With its gates held constant
+    the expert is a linear map; it is fitted to undo the writing. states_ND: text below the local layer.
+    """
+    assert isinstance(top.feed_forward, MoE)
+    cfg, expert = local.self_attn.cfg, top.feed_forward.shared_expert
+    x_BTD = states_ND[: len(states_ND) // 1024 * 1024].float().view(-1, 1024, cfg.hidden_size)
+    positions_BT = torch.arange(1024).expand(x_BTD.shape[:2])
+    exact = deepcopy(local).float()
+    written_ND = exact.self_attn(exact.input_layernorm(x_BTD), positions_BT, None).flatten(0, 1)
+    x_ND = normed(x_BTD.flatten(0, 1) + written_ND)
+    width = expert.up_proj.out_features
+    read_DF = torch.linalg.svd(exact.self_attn.o_proj.weight).U[:, :width]
+    constant_D = torch.linalg.solve(x_ND.T @ x_ND + torch.eye(len(x_ND.T)), x_ND.sum(0))
+    gate = torch.tensor(4.0)
+    features_NF = torch.nn.functional.silu(gate) * x_ND @ read_DF
+    gram = features_NF.T @ features_NF
+    undo_FD = -torch.linalg.solve(gram + 1e-4 * gram.diagonal().mean() * torch.eye(width), features_NF.T @ written_ND)
+    expert.gate_proj.weight.copy_((gate * constant_D).expand(width, -1))
+    expert.up_proj.weight.copy_(read_DF.T)
+    expert.down_proj.weight.copy_(undo_FD.T)
+    top.post_attention_layernorm.weight.fill_(1.0)
+
+
+def look_back(attn: Attention, constant_D: Tensor) -> None:
     """Heads that look SHARP tokens back, or over about the last WIDE tokens.
 
     Queries and keys are the same for every token, so rotary embedding alone decides: the logit is a sum of cosines

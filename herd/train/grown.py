@@ -55,19 +55,22 @@ class Grown:
         """typical_D: mean of the normed states below the new layers; fixes where the new local layer looks."""
         self.cfg = transformer.config
         (self.at,) = self.cfg.global_layers
+        assert self.cfg.attention_chunk_size is not None, "an upcycled model has chunks"
+        self.chunk = self.cfg.attention_chunk_size
         transformer.requires_grad_(False)
-        layers = transformer.model.layers
+        layers = transformer.blocks
         self.local, self.top, self.above = layers[self.at - 1], layers[self.at], layers[self.at + 1 :]
         self.norm, self.lm_head = transformer.model.norm, transformer.lm_head
         self.top.requires_grad_(True)
         self.local.self_attn.v_proj.requires_grad_(True)
         self.local.self_attn.o_proj.requires_grad_(True)
         self.local.input_layernorm.requires_grad_(True)
-        self._weights_HTT = _fixed_weights(self.local.self_attn, typical_D, self.cfg.attention_chunk_size)
+        self._weights_HTT = _fixed_weights(self.local.self_attn, typical_D, self.chunk)
         if rank:
             for block in self.above:
                 for part in (block.self_attn, block.feed_forward):
                     for name, linear in list(part.named_children()):
+                        assert isinstance(linear, nn.Linear), "layers above the global one are dense"
                         setattr(part, name, LowRank(linear, rank, scale))
         self.parameters = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
@@ -111,7 +114,7 @@ class Grown:
         """Attention of questions over the context and themselves [Q, T, H, d], and the evidence loss."""
         attn = self.top.self_attn
         x_QTD = self.top.input_layernorm(x_QTD)
-        start = -(-batch.context_tokens // self.cfg.attention_chunk_size) * self.cfg.attention_chunk_size
+        start = -(-batch.context_tokens // self.chunk) * self.chunk
         q_QTHd = attn.query(x_QTD, _positions(x_QTD) + start)
         k_QTGd, v_QTGd = attn.key_value(x_QTD, _positions(x_QTD))
         dilution = math.log(max(1.0, batch.context_tokens / len(context[0])))
@@ -184,14 +187,14 @@ def _prompt_rows(
     q, k, v = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q_QTHd, *(c.unsqueeze(0) for c in context)))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    far, far_lse = flash(q, k, v)
+    Q, T = q_QTHd.shape[:2]
+    far, far_lse = (x[0].transpose(0, 1).unflatten(0, (Q, T)) for x in flash(q, k, v))
     k, v = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k_QTGd, v_QTGd))
     near, near_lse = flash(q_QTHd.transpose(1, 2), k, v, is_causal=True)
-    Q, T = q_QTHd.shape[:2]
     parts = [
-        (far[0].transpose(0, 1).unflatten(0, (Q, T)).float(), far_lse[0].transpose(0, 1).unflatten(0, (Q, T)) + dilution),
+        (far.float(), far_lse + dilution),
         (near.transpose(1, 2).float(), near_lse.transpose(1, 2)),
-    ]  # fmt: skip
+    ]
     return merge_partials(parts)[0].to(q_QTHd.dtype)
 
 

