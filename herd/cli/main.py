@@ -14,6 +14,7 @@ from herd.cli import ask, chat, context, evaluate, info, read, train, upcycle
 from herd.cli.output import Interrupted, fail, note
 from herd.errors import HerdError
 
+INTERRUPTED = 130
 app = typer.Typer(name="herd", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for verb in (ask, read, chat, upcycle, train, evaluate, info):
     app.command(verb.NAME, epilog=verb.EXAMPLES)(verb.command)
@@ -43,10 +44,13 @@ def run(args: Sequence[str]) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 user error, 130 interrupted."""
     debug = "--debug" in args[:1]
     try:
-        return app(args=list(args), prog_name="herd", standalone_mode=False) or 0
+        code = app(args=list(args), prog_name="herd", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer's own answer to Ctrl-C outside of what `interruptible` guards
+            note("interrupted: nothing was changed")
+        return code
     except Interrupted as interrupted:
         note(f"interrupted: {interrupted}")
-        return 130
+        return INTERRUPTED
     except (HerdError, TyperException) as error:
         return fail(error, 2, debug=debug)
     except Exception as error:

@@ -26,8 +26,8 @@ def command(
     as_json: JsonFlag = False,
 ) -> None:
     """Read files and folders into a durable context. What did not change is not read again."""
+    opened = herd.Context.open(context, herd.load(model))
     with interruptible(KEPT), reading() as progress:
-        opened = herd.Context.open(context, herd.load(model))
         report = opened.read(paths, progress=progress)
     if as_json:
         timing = {"read_s": report.seconds, "read_tokens_per_s": tokens_per_s(report)}

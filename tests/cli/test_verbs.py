@@ -210,6 +210,14 @@ def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
     assert 0 < result["read_tokens"] < result["tokens"]
 
 
+def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("herd.cli.info.installation", interrupted)
+    assert "nothing was changed" in fails(capsys, "info", code=130)
+
+
 def test_closed_pipe_is_quiet(tiny_model: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m herd info scout | true; exit ${{PIPESTATUS[0]}}",
