@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from herd.context import manifest, segment
-from herd.context.manifest import ChunkRow, SegmentRow
+from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import Spec
 from herd.context.sources import display
 from herd.context.store import Store, check_bounds, chunk_hash, unpack_ids
@@ -150,7 +150,7 @@ def _unpack(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
         for source in index["sources"]:
             mine = [ids[_number(i, len(ids))] for i in source["chunks"]]
             manifest.put_source(writer.db, _text(source["name"]), None, "", mine)
-        skipped = [(_text(name).encode(), _text(name), _text(reason)) for name, reason in index["skipped"]]
+        skipped = [SkippedRow(_text(name).encode(), _text(name), _text(reason)) for name, reason in index["skipped"]]
         manifest.replace_skipped(writer.db, [], skipped)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from herd.context import manifest, segment
-from herd.context.manifest import ChunkRow, SegmentRow
+from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import KV, Spec
 from herd.context.store import (
     SEGMENT_TOKENS,
@@ -114,7 +114,7 @@ def _replace(
                 manifest.move_chunk(db, chunk.id, row, start)
                 start += chunk.tokens
         manifest.delete_sources(db, [source.id for source in lost])
-        manifest.replace_skipped(db, [], [(s.path or s.name.encode(), s.name, _MENDED) for s in lost])
+        manifest.replace_skipped(db, [], [SkippedRow(s.path or s.name.encode(), s.name, _MENDED) for s in lost])
         kept = {chunk.id for chunk, _ in moving}
         left = {row.id for row in old}
         gone = [chunk.id for chunk in manifest.chunks(db, live=False) if chunk.segment in left and chunk.id not in kept]
@@ -156,7 +156,7 @@ def merge(folder: str | Path, other: str | Path) -> int:
     return copied
 
 
-def _merged_sources(writer: Writer, other: Store) -> tuple[list[NewSource], list[tuple[bytes, str, str]]]:
+def _merged_sources(writer: Writer, other: Store) -> tuple[list[NewSource], list[SkippedRow]]:
     """The sources of the other context under names that are free here, and what it skipped."""
     hash_of = {row.id: row.hash for row in manifest.chunks(writer.db, live=False)}
     here: dict[int, list[bytes]] = {}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from herd.errors import ContextError
 
@@ -30,7 +31,8 @@ CREATE TABLE source_chunk (
   source INTEGER NOT NULL REFERENCES source(id) ON DELETE CASCADE, ordinal INTEGER NOT NULL,
   chunk INTEGER NOT NULL REFERENCES chunk(id), PRIMARY KEY (source, ordinal)) STRICT, WITHOUT ROWID;
 CREATE INDEX source_chunk_chunk ON source_chunk(chunk);
-CREATE TABLE skipped (path BLOB PRIMARY KEY, name TEXT NOT NULL, reason TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE skipped (
+  path BLOB PRIMARY KEY, name TEXT NOT NULL, reason TEXT NOT NULL, stat TEXT NOT NULL) STRICT, WITHOUT ROWID;
 """
 
 
@@ -65,6 +67,15 @@ class SourceRow:
     name: str
     path: bytes | None
     stat: str
+
+
+class SkippedRow(NamedTuple):
+    """What was found and not read. `stat` says for which state of the file the reason holds, "" for none."""
+
+    path: bytes
+    name: str
+    reason: str
+    stat: str = ""
 
 
 @contextmanager
@@ -109,7 +120,9 @@ def plain_errors(folder: Path) -> Iterator[None]:
             raise ContextError(f"{folder}: {reason}; what was committed is safe: free some space and repeat") from error
         if "locked" in reason:
             raise ContextError(f"{folder} is in use by another process; wait for it to finish") from error
-        raise ContextError(f"{folder}: {reason}") from error
+        raise ContextError(
+            f"{folder}: {reason}; what was committed is safe: check the disk and its permissions, then repeat"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise ContextError(
             f"{folder}/{FILE} is damaged ({error}); delete the folder and read the sources again, or import an export"
@@ -180,9 +193,8 @@ def source_chunks(db: sqlite3.Connection) -> list[tuple[int, int]]:
     return list(db.execute("SELECT source, chunk FROM source_chunk ORDER BY source, ordinal"))
 
 
-def skipped(db: sqlite3.Connection) -> list[tuple[bytes, str, str]]:
-    """(path, name, reason) of what could not be read."""
-    return list(db.execute("SELECT path, name, reason FROM skipped ORDER BY name"))
+def skipped(db: sqlite3.Connection) -> list[SkippedRow]:
+    return [SkippedRow(*row) for row in db.execute("SELECT path, name, reason, stat FROM skipped ORDER BY name")]
 
 
 def known_hashes(db: sqlite3.Connection) -> dict[bytes, int]:
@@ -230,6 +242,6 @@ def delete_segments(db: sqlite3.Connection, ids: Iterable[int]) -> None:
     db.executemany("DELETE FROM segment WHERE id = ?", ((i,) for i in ids))
 
 
-def replace_skipped(db: sqlite3.Connection, forget: Iterable[bytes], rows: Iterable[tuple[bytes, str, str]]) -> None:
+def replace_skipped(db: sqlite3.Connection, forget: Iterable[bytes], rows: Iterable[SkippedRow]) -> None:
     db.executemany("DELETE FROM skipped WHERE path = ?", ((path,) for path in forget))
-    db.executemany("INSERT OR REPLACE INTO skipped VALUES (?, ?, ?)", rows)
+    db.executemany("INSERT OR REPLACE INTO skipped VALUES (?, ?, ?, ?)", rows)

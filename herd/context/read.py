@@ -15,6 +15,7 @@ import torch
 
 from herd.context import manifest, sources
 from herd.context.chunks import Chunk, Encoder, cut
+from herd.context.manifest import SkippedRow
 from herd.context.segment import KV, pack
 from herd.context.sources import Found, Skipped
 from herd.context.store import SEGMENT_TOKENS, NewChunk, NewSource, Store, Writer, chunk_hash
@@ -98,6 +99,7 @@ class _Session:
         rows = manifest.sources(writer.db)
         self._by_path = {row.path: row for row in rows if row.path is not None}
         self._names = {row.name: row for row in rows}
+        self._skipped_before = {row.path: row for row in manifest.skipped(writer.db)}
         self._tokens_of = _tokens_by_source(writer)
 
     def run(self, entries: list[Found | Skipped], roots: list[bytes]) -> None:
@@ -106,9 +108,11 @@ class _Session:
             if isinstance(entry, Skipped):
                 self.skipped.append(entry)
                 continue
-            row = self._by_path.get(entry.path)
-            if row is not None and row.stat == _stat(entry.stat) and entry.path != sources.STDIN:
+            row, before = self._by_path.get(entry.path), self._skipped_before.get(entry.path)
+            if row is not None and row.stat == _stat(entry.stat) != "":
                 self.reused_tokens += self._tokens_of.get(row.id, 0)
+            elif before is not None and before.stat == _stat(entry.stat) != "":
+                self.skipped.append(Skipped(entry.path, before.name, before.reason, entry.stat))
             else:
                 changed.append(entry)
         self._sources_total, self._bytes_total = len(changed), sum(found.size for found in changed)
@@ -186,9 +190,9 @@ class _Session:
             for path, row in self._by_path.items()
             if path not in alive and (path in skipped or any(_inside(path, root) for root in roots))
         ]
-        with_paths = manifest.skipped(self.writer.db)
-        forget = [path for path, _, _ in with_paths if any(path == r or _inside(path, r) for r in roots)]
-        self.writer.commit(removed=gone, skipped=[(s.path, s.name, s.reason) for s in self.skipped], forget=forget)
+        forget = [path for path in self._skipped_before if any(path == r or _inside(path, r) for r in roots)]
+        rows = [SkippedRow(s.path, s.name, s.reason, _stat(s.stat)) for s in self.skipped]
+        self.writer.commit(removed=gone, skipped=rows, forget=forget)
 
     def _name(self, found: Found) -> str:
         """The name of a source: the one it has, else the shortest that is free."""

@@ -45,11 +45,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not read, and why."""
+    """Something that was not read, and why. `stat` is the state of the file for which that holds, "" if unknown."""
 
     path: bytes
     name: str
     reason: str
+    stat: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,15 @@ def find(paths: Iterable[str | Path]) -> list[Found | Skipped]:
 
 def load(found: Found) -> Source | Skipped:
     """The text of a file that was found, or why it has none. Never raises for what the file is or does."""
+    proof = ""
     try:
-        data, identity = _stdin() if found.path == STDIN else _read_stable(found.path)
-        return Source(found.path, to_text(data, os.fsdecode(found.path)), identity)
+        data, proof = _stdin() if found.path == STDIN else _read_stable(found.path)
+        return Source(found.path, to_text(data, os.fsdecode(found.path)), proof)
     except NotText as error:
         reason = str(error)
     except OSError as error:
         reason = _reason(error)
-    return Skipped(found.path, found.name(), reason)
+    return Skipped(found.path, found.name(), reason, proof)
 
 
 def identity(info: os.stat_result) -> str:

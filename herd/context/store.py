@@ -21,7 +21,7 @@ import numpy as np
 
 from herd.config import TextConfig
 from herd.context import manifest, segment
-from herd.context.manifest import ChunkRow, SegmentRow, SourceRow
+from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow, SourceRow
 from herd.context.segment import KV, Spec
 from herd.errors import ContextError
 
@@ -167,7 +167,7 @@ class Store:
                 if attempt == 4:
                     raise ContextError(segment.damaged(Path(str(error.filename)), "the file is missing")) from error
         self.chunks, self.segments = chunks, mapped
-        self.skipped = [(name, reason) for _, name, reason in skipped]
+        self.skipped = [(row.name, row.reason) for row in skipped]
         self._index_sources(sources, pairs)
 
     def _map(self, rows: list[SegmentRow], chunks: list[ChunkRow]) -> list[Mapped]:
@@ -220,7 +220,7 @@ class Writer:
         chunks: Sequence[tuple[NewChunk, KV]] = (),
         sources: Iterable[NewSource] = (),
         removed: Iterable[int] = (),
-        skipped: Iterable[tuple[bytes, str, str]] = (),
+        skipped: Iterable[SkippedRow] = (),
         forget: Iterable[bytes] = (),
     ) -> None:
         """Make all of this durable, or none of it. `removed` are source rows, `forget` paths no longer skipped."""

@@ -1,0 +1,106 @@
+"""Reading chunk by chunk and asking gives what one full causal forward pass gives, on software we did not write."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+from herd import engine
+from herd.context import scan
+from herd.context.cache import ContextCache
+from herd.context.store import Store, spec_for
+from herd.kernels import attend, dequantize_kv
+from tests.context.tiny_context import CONFIG, put, read_paths, spec, tiny_model
+
+CHUNK = 48
+WIDE = replace(CONFIG, attention_chunk_size=CHUNK)
+
+QUESTION = list(b"where is line 7? \n answer: ")
+
+
+def full_chunks(folder: Path, count: int) -> list[Path]:
+    """Files that each fill one chunk of 48: a header (`# name:1` and a line end) and two lines, of 16 bytes each."""
+    folder.mkdir()
+    paths = [folder / f"source{i:05}" for i in range(count)]
+    for i, path in enumerate(paths):
+        path.write_text(f"line {i} is {i * 79 % 1000:03}".ljust(15)[:15] + "\n" + "and a long tail\n")
+    return paths
+
+
+@pytest.mark.parametrize("chunks", [1, 6])
+@torch.inference_mode()
+def test_a_context_equals_one_forward_pass_of_transformers(tmp_path: Path, chunks: int) -> None:
+    model = tiny_model(WIDE)
+    opened = Store.open(tmp_path / "ctx", spec_for(WIDE, "tiny", "float32"))
+    read_paths(opened, *full_chunks(tmp_path / "src", chunks), model=model)
+    ids = [i for chunk in range(len(opened.chunks)) for i in opened.ids(chunk)]
+    assert len(ids) == chunks * CHUNK, "every chunk is full, so positions have no gaps"
+
+    theirs = Llama4ForCausalLM._from_config(
+        Llama4TextConfig.from_dict(WIDE.to_hf()), attn_implementation="eager"
+    ).eval()
+    theirs.load_state_dict(model.state_dict())
+    cache = ContextCache(opened, WIDE, 1)
+    positions = torch.arange(len(QUESTION))[None] + cache.start_position
+    ours_TV = model(torch.tensor([QUESTION]), positions, cache)[0]
+    theirs_TV = theirs(torch.tensor([ids + QUESTION]), use_cache=False).logits[0, len(ids) :]
+    assert (ours_TV - theirs_TV).abs().max() <= 1e-4
+
+    answer = engine.generate(
+        model, [QUESTION], max_tokens=12, cache=ContextCache(opened, WIDE, 1), start_position=opened.end_position
+    )[0]
+    expected = list(QUESTION)
+    for _ in answer:
+        logits_V = theirs(torch.tensor([ids + expected]), use_cache=False).logits[0, -1]
+        expected.append(int(logits_V.argmax()))
+    assert answer == expected[len(QUESTION) :]
+
+
+@torch.inference_mode()
+def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    opened = Store.open(tmp_path / "ctx", spec())
+    read_paths(opened, *full_chunks(tmp_path / "src", 5), model=model)
+    prompts = [QUESTION, list(b"?"), list(b"a somewhat longer question about line 3 that spans chunks: ")]
+    ask = {"max_tokens": 6, "start_position": opened.end_position}
+    together = engine.generate(model, prompts, cache=ContextCache(opened, CONFIG, 3), **ask)
+    alone = [engine.generate(model, [p], cache=ContextCache(opened, CONFIG, 1), **ask)[0] for p in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_scan_equals_attention_over_all_live_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    """Also with chunks that no source uses any more, blocks of several chunks, and several threads."""
+    monkeypatch.setattr(scan, "BLOCK_TOKENS", 40)
+    opened = Store.open(tmp_path / "ctx", spec())
+    put(opened, "a", [b"one" * 3, b"two" * 5, b"gone", b"three" * 4, b"\x00" * 30])
+    put(opened, "b", [b"four" * 2])
+    put(opened, "a", [b"one" * 3, b"two" * 5, b"three" * 4, b"\x00" * 30])
+    opened.refresh()
+    torch.manual_seed(0)
+    q_GRd = (torch.randn(2, rows, 8) * 0.02).to(dtype)
+    found = scan.scan(q_GRd, scan.blocks(opened))
+    kvs = [opened.kv(i) for i in range(len(opened.chunks))]
+    k = torch.cat([dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32) for kv in kvs], 1)
+    v = torch.cat([dequantize_kv(kv.v_GNd, kv.v_scale_GN, torch.float32) for kv in kvs], 1)
+    # The reference scales by 1/sqrt(d) itself and wants [B, T, H, d].
+    q = q_GRd.float().transpose(0, 1)[None] * 8**0.5
+    out, lse = attend(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None], None)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.out_GRd, out[0].transpose(0, 1), rtol=close, atol=close)
+    torch.testing.assert_close(found.lse_GR, lse[0].T, rtol=close, atol=close)
+    torch.testing.assert_close(found.lse_KGR.logsumexp(0), found.lse_GR, rtol=1e-5, atol=1e-5)
+    assert len(found.lse_KGR) > 1
+
+
+def test_an_empty_context_is_no_context(tmp_path: Path) -> None:
+    model, opened = tiny_model(), Store.open(tmp_path / "ctx", spec())
+    cache = ContextCache(opened, CONFIG, 1)
+    assert cache.start_position == 0
+    ids = torch.tensor([QUESTION])
+    torch.testing.assert_close(model(ids, torch.arange(len(QUESTION))[None], cache), model(ids))
