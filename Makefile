@@ -9,11 +9,12 @@ DONE := .venv/done
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 LLAMA_MODELS := 0.3.0
 
-.PHONY: help demo test lint setup cria clean
+.PHONY: help demo test lint eval setup cria clean
 
 help:
 	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
 	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
+	@echo 'make eval   measure everything the README states, write eval/*.json and fill in the README (hours)'
 	@echo 'make cria   set up and build the model, in the cache folder (HERD_HOME)'
 	@echo 'make clean  remove what the targets above made, .venv included'
 
@@ -27,6 +28,13 @@ demo: cria
 
 test: lint
 	$(BIN)/python -m pytest
+
+eval: $(DONE)/dev cria
+	$(BIN)/herd eval needle --length 128K,1M --out eval/needle.json
+	$(BIN)/herd eval lookup --length 128K,1M --out eval/lookup.json
+	$(BIN)/herd eval context --length 1M --out eval/context.json
+	$(BIN)/herd eval perplexity --out eval/perplexity.json
+	$(BIN)/python tools/readme.py
 
 lint: $(DONE)/dev
 	$(BIN)/ruff check
