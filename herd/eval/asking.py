@@ -9,7 +9,7 @@ from pathlib import Path
 from herd.api import Answer, Context, Model
 from herd.eval import corpus, report
 
-BATCH = 25  # questions that share one pass over the context
+BATCH = 50  # questions that share one pass over the context
 MAX_TOKENS = 96  # the longest expected answer is a docstring with its signature
 
 

@@ -40,11 +40,11 @@ def measure(
     chunks: Sequence[tuple[str, Chunk]], items: Sequence[Item], base: Model | None, progress: corpus.Progress
 ) -> report.Result:
     """Shares of right answers of BM25 and, with a base model, of RAG."""
-    ranked = rank([chunk.text for _, chunk in chunks], [item.question.question for item in items])
+    ranked = rank([chunk.text for _, chunk in chunks], [item.question.question for item in items], TOP)
     result: report.Result = {
         "bm25": {
             "first_chunk_right": _tally(items, [item.chunk == top[0] for item, top in zip(items, ranked, strict=True)]),
-            "in_top_5": _tally(items, [item.chunk in top for item, top in zip(items, ranked, strict=True)]),
+            f"in_top_{TOP}": _tally(items, [item.chunk in top for item, top in zip(items, ranked, strict=True)]),
         }
     }
     if base is not None:
@@ -52,7 +52,7 @@ def measure(
     return result
 
 
-def rank(texts: Sequence[str], questions: Sequence[str], top: int = TOP) -> list[list[int]]:
+def rank(texts: Sequence[str], questions: Sequence[str], top: int) -> list[list[int]]:
     """For each question, the indices of the best chunks by BM25, best first."""
     index = _bm25()([words(text) for text in texts])
     ranked = []

@@ -6,6 +6,7 @@ Every figure is taken in a process of its own, as a user would meet it; times co
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def context(
     seed: int = 0,
     packages: Sequence[str] = corpus.HELD_OUT,
 ) -> report.Result:
-    """Read `length` tokens into a new context, ask twice, edit one file and ask again."""
+    """Read `length` tokens into a new context, ask twice, edit a file of median size in its middle and ask again."""
     tokens = corpus.tokens_of(length)
     folder = workdir / f"context-{tokens}-{seed}"
     store = folder / "context"
@@ -47,8 +48,8 @@ def context(
     progress("asking from a new process")
     _child("ask", model, store, question=QUESTION, max_tokens=1)
     second = _child("ask", model, store, question=QUESTION)
-    edited = sources / files[len(files) // 2].name
-    edited.write_text(_EDIT + edited.read_text(encoding="utf-8"), encoding="utf-8")
+    typical = sorted(files, key=lambda file: len(file.text))[len(files) // 2]
+    (sources / typical.name).write_text(edit(typical.text), encoding="utf-8")
     progress("asking after an edit")
     after = _child("ask", model, store, paths=roots, question=_EDIT_QUESTION)
     return {
@@ -62,9 +63,17 @@ def context(
         "second_ask_first_token_s": second["wall_first_s"],
         "edit_and_ask_first_token_s": after["wall_first_s"],
         "edit_and_ask_s": after["wall_s"],
+        "edited_file_characters": len(typical.text),
         "edit_read_tokens": after["read_tokens"],
         "edit_answer": after["answer"],
     }
+
+
+def edit(text: str) -> str:
+    """The text with a constant before the first definition at top level in its second half, else at its end."""
+    found = re.compile(r"^(?:@|def |class )", re.M).search(text, len(text) // 2)
+    at = found.start() if found else len(text)
+    return text[:at] + _EDIT + text[at:]
 
 
 def _child(

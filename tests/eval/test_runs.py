@@ -1,0 +1,86 @@
+"""Whole evaluations with a tiny random model: they end, write JSON, and count what they asked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import herd
+from herd import eval as evaluation
+from herd.errors import ConfigError, HerdError
+from herd.eval import asking, baselines, context, lookup, perplexity
+
+PACKAGES = ("asyncio", "http")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> herd.Model:
+    """The tiny model with chunks of 1,024 bytes, so that questions find their evidence in one chunk."""
+    folder = tmp_path_factory.mktemp("model") / "long"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_chunk_size": 1024}))
+    return herd.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "MAX_TOKENS", 4)
+    monkeypatch.setattr(baselines, "RAG_TOKENS", 2)
+    monkeypatch.setattr(baselines, "TOP", 2)
+
+
+def test_needle_writes_what_it_found(model: herd.Model, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "needle.json"
+    notes: list[str] = []
+    result = evaluation.run(
+        "needle", model, lengths=["4K", 2048], trials=4, out=out, workdir=tmp_path, progress=notes.append, seed=3
+    )
+    assert json.loads(out.read_text()) == result
+    assert result["command"] == "herd eval needle --length 4K,2048 --trials 4 --seed 3"
+    assert [one["length"] for one in result["results"]] == [4096, 2048]
+    for one, summary in zip(result["results"], evaluation.summary(result), strict=True):
+        assert one["context_tokens"] >= one["length"] and len(one["trial_rows"]) == 4
+        assert one["exact"] == 0 and "trial_rows" not in summary
+    assert any("questions answered" in note for note in notes)
+    assert str(tmp_path) not in out.read_text()
+
+
+def test_lookup_measures_model_absent_and_baselines(model: herd.Model, tmp_path: Path) -> None:
+    result = lookup.lookup(model, PACKAGES, 60_000, 4, tmp_path, lambda note: None, absent=5, base=model)
+    assert result["questions"] == 4 and len(result["rows"]) == 4
+    assert result["absent"]["questions"] == 5 and result["absent"]["right"] == 0
+    assert set(result["baselines"]) == {"bm25", "rag"} and len(result["baselines"]["rag"]["rows"]) == 4
+    again = lookup.lookup(model, PACKAGES, 60_000, 4, tmp_path, lambda note: None, absent=5)
+    assert again["read_tokens"] == 0 and again["rows"] == result["rows"]
+
+
+def test_perplexity_of_the_same_weights_is_the_same(model: herd.Model) -> None:
+    result = perplexity.perplexity(model, model, 2, lambda note: None, window=64)
+    assert result["change_percent"] == 0 and result["tokens"] == 128
+    with pytest.raises(ConfigError, match="chunk"):
+        perplexity.perplexity(model, None, 1, lambda note: None, window=4096)
+
+
+def test_cost_of_a_context(model: herd.Model, tmp_path: Path) -> None:
+    result = evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)
+    (one,) = result["results"]
+    assert one["context_tokens"] >= 4096 and one["bytes_per_token"] > 0 and one["read_tokens_per_s"] > 0
+    assert 0 < one["edit_read_tokens"] <= 4096
+    assert one["peak_memory_gb"]["ask"] > 0 and one["second_ask_first_token_s"] > 0
+    with pytest.raises(HerdError, match="remove"):
+        evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)
+
+
+def test_the_edit_is_one_more_line() -> None:
+    assert context.edit("def a():\n    pass\n\n\ndef b():\n    pass\n").count("MARK = 20251\ndef b") == 1
+    assert context.edit("x = 1\n").startswith("x = 1\nHERD")
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "trials"), [("nothing", ["8K"], 1), ("needle", [], 1), ("needle", ["8K"], 0)]
+)
+def test_wrong_use_is_told(name: str, lengths: list[str], trials: int, model: herd.Model, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        evaluation.run(name, model, lengths=lengths, trials=trials, workdir=tmp_path)
