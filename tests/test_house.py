@@ -1,4 +1,4 @@
-"""The house rules: public names, size caps, and a tree that holds nothing of the machine it was written on."""
+"""The house rules: public names, size caps, import order, light imports."""
 
 import importlib.util
 import subprocess
@@ -12,7 +12,6 @@ import herd
 from herd import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["cli", "server|train", "eval", "api", "engine|data", "context", "checkpoint|prompt|media", "parallel"]
 
 
 def load_tool(name: str):  # type: ignore[no-untyped-def]
@@ -37,11 +36,9 @@ def test_every_public_name_is_documented() -> None:
     for name in herd.__all__:
         value = getattr(herd, name)
         assert value.__doc__, name
-        members = vars(value).items() if isinstance(value, type) else []
-        for member, function in members:
+        for member in vars(value) if isinstance(value, type) else ():
             if not member.startswith("_") and callable(getattr(value, member)):
                 assert getattr(value, member).__doc__, f"{name}.{member}"
-                assert function is not None
 
 
 def test_caps_tool_finds_what_is_too_long(tmp_path: Path) -> None:
