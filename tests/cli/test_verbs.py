@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from herd.cli.main import app, run
 from herd.config import MAVERICK, SCOUT
+from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
 
 VERBS = ["ask", "read", "context", "chat", "upcycle", "train", "eval", "info"]
 
@@ -138,15 +140,10 @@ def test_chat(
 ) -> None:
     def chat(*args: object) -> list[dict[str, str]]:
         lines = iter(["Hello", "", "And you?"])
-        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or _end(lines))
+        monkeypatch.setattr("builtins.input", lambda prompt: _next_or_eof(lines))
         turns = run_json(capsys, "chat", "--model", tiny_model, "--max-tokens", 3, "--json", *args)
         assert isinstance(turns, list)
         return turns
-
-    def _end(lines: object) -> str:
-        if lines.__length_hint__() == 0:  # type: ignore[attr-defined]
-            raise EOFError
-        return ""
 
     turns = chat()
     assert [t["role"] for t in turns] == ["user", "assistant"] * 2
@@ -227,3 +224,32 @@ def test_closed_pipe_is_quiet(tiny_model: Path) -> None:
         text=True,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_upcycle_then_chat(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_gguf(tiny_llama(), tmp_path / "llama.gguf"), tmp_path / "llama4"
+    args = ("upcycle", source, out, "--global-layer", 2, "--chunk", 32, "--experts", 2, "--expert-width", 8)
+    made = run_json(capsys, *args, "--json")
+    assert made["layer_map"] == "3xld GE 2xld" and made["experts"]["routed"] == 2
+    assert "exists" in fails(capsys, *args)
+    assert "use 1 to 4" in fails(capsys, *args[:2], tmp_path / "other", "--global-layer", 9, "--chunk", 32)
+    lines = iter(["Hello"])
+    monkeypatch.setattr("builtins.input", lambda prompt: _next_or_eof(lines))
+    assert len(run_json(capsys, "chat", "--model", out, "--max-tokens", 2, "--json")) == 2
+
+
+def test_train_and_eval_refuse_what_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    assert "none.toml" in fails(capsys, "train", tmp_path / "none.toml", "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    options = ("--model", tiny_model, "--work-dir", tmp_path / "work")
+    assert "no evaluation is called 'nedle'" in fails(capsys, "eval", "nedle", *options)
+    assert "length" in fails(capsys, "eval", "needle", *options)
+
+
+def _next_or_eof(lines: Iterator[str]) -> str:
+    try:
+        return next(lines)
+    except StopIteration:
+        raise EOFError from None
