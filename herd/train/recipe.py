@@ -3,7 +3,7 @@
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from herd.data.pool import PoolRecipe
 from herd.errors import ConfigError
@@ -19,6 +19,7 @@ class Model:
     expert_width: int
     lora_rank: int
     lora_scale: float = 1.0
+    start: str = ""  # a delta of an earlier run of this shape to go on from; "": the closed-form start
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,39 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe. ConfigError names what is missing, unknown or of the wrong type."""
     try:
         raw = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     tables = {"pool": PoolRecipe, "model": Model, "batch": Batch, "optimizer": Optimizer, "loss": Loss}
     parts = {name: _table(kind, raw.pop(name, {}), f"{path} [{name}]") for name, kind in tables.items()}
     return _table(Recipe, {**raw, **parts}, str(path))
 
 
-def _table(kind: type, raw: dict[str, Any], where: str) -> Any:
+def _table(kind: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} is {raw!r}; it must be a table")
     known = {f.name for f in fields(kind)}
     if unknown := set(raw) - known:
         raise ConfigError(f"{where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            shown = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else str(hints[name])
+            raise ConfigError(f"{where}: {name} is {raw[name]!r}; it must be {shown}")
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
+        return kind(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {str(error).removeprefix(kind.__name__ + '.__init__() ')}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a TOML file has the type of its field; a float may be written as a whole number."""
+    if parts := get_args(hint):
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is ...:
+            return all(_fits(v, parts[0]) for v in value)
+        return len(value) == len(parts) and all(_fits(v, part) for v, part in zip(value, parts, strict=True))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

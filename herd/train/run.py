@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.checkpoint.cria.build import upcycle_base
@@ -56,8 +57,11 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
     ids = torch.from_numpy(pool.chunk_ids_N[:_SAMPLE].astype(np.int64))
     construct(layers[at - 1], layers[at], sample, ids, transformer.lm_head.weight, states[1][0])
     erase(layers[at - 1], layers[at], sample[: 32 * 1024])
+    earlier = _earlier(recipe)
+    _copy_into(transformer, {name: tensor for name, tensor in earlier.items() if "lora_" not in name})
     torch.manual_seed(recipe.seed)
     grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample).mean(0))
+    _copy_into(transformer, earlier)
     loop = Loop(recipe, grown.parameters, run_dir)
     loop.resume()
     batches = Batches(recipe, pool, *states)
@@ -84,6 +88,25 @@ def _fixed(grown: Grown) -> dict[str, torch.Tensor]:
     """The new local layer's queries and keys: set by construction, not trained, but part of what was grown."""
     attn, prefix = grown.local.self_attn, f"model.layers.{grown.at - 1}.self_attn."
     return {f"{prefix}{n}_proj.weight": getattr(attn, f"{n}_proj").weight.detach().bfloat16() for n in "qk"}
+
+
+def _earlier(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """What an earlier run has trained, by parameter name; nothing if the recipe names no delta to start from."""
+    if not recipe.model.start:
+        return {}
+    path = Path(recipe.model.start)
+    if not path.is_file():
+        raise ConfigError(f"the recipe starts from {path}, which is no file here")
+    return {name.replace(".weight.lora_", ".lora_"): tensor for name, tensor in load_file(path).items()}
+
+
+@torch.no_grad()
+def _copy_into(transformer: Transformer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(transformer.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ConfigError(f"the delta to start from has {name} {list(tensor.shape)}, the recipe's model has not")
+        parameters[name].copy_(tensor)
 
 
 def _claim(recipe_path: Path, run_dir: Path, resume: bool) -> None:
