@@ -50,7 +50,8 @@ class ContextCache:
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
-        found = scan(q_GRd, self._blocks)
+        # Not while the question is read: filling fresh memory would delay the first token.
+        found = scan(q_GRd, self._blocks, keep=positions_BT.shape[1] == 1)
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from herd.context.ignore import Ignore
-from herd.context.text import NotText, to_text
+from herd.context.text import NotText, is_binary, to_text
 from herd.errors import SourceError
 
 STDIN = b"-"
 MAX_BYTES = 64 << 20
+_HEAD_BYTES = 64 << 10
 # A file whose times are this close to the moment of reading may change again within the clock's grain and look the
 # same (git calls this racily clean), so its stat is not remembered and the next read looks inside again.
 _RACY_NS = 2_000_000_000
@@ -173,11 +174,13 @@ def _read_stable(path: bytes) -> tuple[bytes, str]:
             before = os.fstat(fd)
             if not mode.S_ISREG(before.st_mode):
                 raise NotText("no longer a regular file")
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(min(_HEAD_BYTES, MAX_BYTES + 1))
+            # The rest of an obvious binary is not worth reading.
+            data += b"" if is_binary(data) else file.read(MAX_BYTES + 1 - len(data))
             after = os.fstat(fd)
         if len(data) > MAX_BYTES:
             raise NotText(f"too large: more than {MAX_BYTES:,} bytes")
-        if identity(before) == identity(after) and len(data) == after.st_size:
+        if identity(before) == identity(after) and (len(data) == after.st_size or is_binary(data)):
             racy = max(after.st_mtime_ns, after.st_ctime_ns) > started - _RACY_NS
             return data, "" if racy else identity(after)
     raise NotText("changed while it was read, three times")

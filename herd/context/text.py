@@ -40,6 +40,11 @@ def to_text(data: bytes, name: str) -> str:
     return _notebook(text) if suffix == ".ipynb" else text
 
 
+def is_binary(data: bytes) -> bool:
+    """True if these bytes, or a file that begins with them, cannot be text: a zero byte outside UTF-16 and UTF-32."""
+    return b"\0" in data and not data.startswith((b"%PDF-", *(mark for mark, _ in _BOMS)))
+
+
 def decode(data: bytes) -> str:
     """By byte-order mark, else UTF-8, else the encoding that the head declares, else Windows-1252 or Latin-1."""
     for bom, encoding in _BOMS:
@@ -48,7 +53,7 @@ def decode(data: bytes) -> str:
                 return data.decode(encoding)
             except UnicodeDecodeError as error:
                 raise NotText(f"not valid {encoding.upper()}: {error.reason} at byte {error.start:,}") from error
-    if b"\0" in data:
+    if is_binary(data):
         raise NotText("binary file")
     declared = _DECLARED.search(data[:1024])
     for encoding in ("utf-8", declared[1].decode() if declared else "cp1252", "cp1252"):

@@ -216,3 +216,11 @@ def test_a_context_inside_the_folder_is_not_read(tmp_path: Path) -> None:
     (inner / "manifest.sqlite").write_text("")
     (inner / "lock").write_text("")
     assert reasons(find([tmp_path])) == {f"{tmp_path.name}/ctx": "a context folder"}
+
+
+def test_of_a_binary_only_the_head_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\0" * 200_000)
+    read = []
+    monkeypatch.setattr(sources, "to_text", lambda data, name: read.append(len(data)) or "")
+    load(*find([tmp_path / "a.bin"]))
+    assert read == [64 << 10]
