@@ -81,7 +81,7 @@ class SkippedRow(NamedTuple):
 @contextmanager
 def connect(folder: Path, *, create: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection whose SQLite failures become ContextErrors that name the fix."""
-    with plain_errors(folder):
+    with sqlite_errors(folder):
         file = folder / FILE
         if not create and not file.is_file():
             raise ContextError(f"{folder} holds no context (no {FILE}); read something into it first")
@@ -111,7 +111,18 @@ def _uri(folder: Path, create: bool) -> str:
 
 @contextmanager
 def plain_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk or SQLite reports into one sentence with the fix."""
+    """Turn what the disk or SQLite reports into one sentence with the fix. Put it around nothing but work on disk."""
+    try:
+        with sqlite_errors(folder):
+            yield
+    except OSError as error:
+        raise ContextError(
+            f"{folder}: {error.strerror or error}; what was committed is safe: repeat once that is mended"
+        ) from error
+
+
+@contextmanager
+def sqlite_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -126,10 +137,6 @@ def plain_errors(folder: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         raise ContextError(
             f"{folder}/{FILE} is damaged ({error}); delete the folder and read the sources again, or import an export"
-        ) from error
-    except OSError as error:
-        raise ContextError(
-            f"{folder}: {error.strerror or error}; what was committed is safe: repeat once that is mended"
         ) from error
 
 

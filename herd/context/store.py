@@ -201,8 +201,8 @@ class Store:
         with ExitStack() as stack:
             stack.enter_context(lock(self.folder))
             db = stack.enter_context(manifest.connect(self.folder))
-            stack.enter_context(manifest.plain_errors(self.folder))
-            remove_unnamed(self.folder, db)
+            with manifest.plain_errors(self.folder):
+                remove_unnamed(self.folder, db)
             writer = Writer(self.folder, self.spec, db)
             yield writer
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

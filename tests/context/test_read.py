@@ -212,3 +212,12 @@ def test_what_was_skipped_for_its_content_is_not_opened_again(
     assert [(s.name, s.reason) for s in read_paths(opened, folder).skipped] == [
         (s.name, s.reason) for s in first.skipped
     ]
+
+
+def test_an_error_of_the_caller_stays_what_it_is(folder: Path, opened: Store) -> None:
+    def broken(progress: Progress) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        read.read([folder], opened, tiny_model(), Bytes(), broken)
+    assert read_paths(opened, folder).tokens > 0
