@@ -8,6 +8,7 @@ Shape suffixes: G key/value heads, R query rows of one key/value head, d head_di
 """
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -91,7 +92,17 @@ def scan(q_GRd: Tensor, blocks: list[Block], *, keep: bool = False) -> Scan:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "scan", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "scan", initializer=_run_single_threaded)
+    started = threading.Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    # What one thread sets is also what threads to come start with.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _run_single_threaded() -> None:
+    torch.get_num_threads()  # else the first operator would set this thread to the common number again
+    torch.set_num_threads(1)
 
 
 @torch.no_grad()

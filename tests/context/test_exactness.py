@@ -1,5 +1,6 @@
 """Reading chunk by chunk and asking gives what one full causal forward pass gives, on software we did not write."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +110,17 @@ def test_an_empty_context_is_no_context(tmp_path: Path) -> None:
     assert cache.start_position == 0
     ids = torch.tensor([QUESTION])
     torch.testing.assert_close(model(ids, torch.arange(len(QUESTION))[None], cache), model(ids))
+
+
+def test_threads_of_a_scan_leave_others_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        pool = scan._pool.__wrapped__(3)
+        assert {f.result() for f in [pool.submit(torch.get_num_threads) for _ in range(20)]} == {1}
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 3
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
