@@ -39,7 +39,9 @@ def hidden_states(
         progress(int((start[rows + 1] - start[rows]).sum()))
         if (i + 1) % _SAVE_EVERY == 0 or i + 1 == len(batches):
             states.flush()
-            done_file.write_text(json.dumps({"batches": max(done, i + 1)}))
+            temporary = done_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"batches": max(done, i + 1)}))
+            temporary.replace(done_file)
     return torch.from_numpy(states).view(torch.bfloat16)
 
 

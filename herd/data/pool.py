@@ -112,7 +112,11 @@ def _texts(recipe: PoolRecipe, rng: Random, tokenizer: Tokenizer) -> Iterator[st
 
 
 def _expand(pattern: str) -> list[Path]:
-    pattern = pattern.format(**sysconfig.get_paths())
+    places = sysconfig.get_paths()
+    try:
+        pattern = pattern.format(**places)
+    except (KeyError, ValueError, IndexError):
+        raise ConfigError(f"path {pattern!r} of the recipe may name {{{'}, {'.join(places)}}} in braces") from None
     root = Path(pattern[: pattern.index("*")]).parent if "*" in pattern else Path(pattern)
     found = root.glob(str(Path(pattern).relative_to(root))) if "*" in pattern else [root]
     return sorted(f for f in found if f.is_file() and f.stat().st_size < 400_000)

@@ -200,7 +200,7 @@ def _prompt_rows(
 
 @torch.no_grad()
 def _fixed_weights(attn: Attention, typical_D: Tensor, chunk: int) -> Tensor:
-    """Attention weights [H, T, T] bfloat16 of heads whose queries and keys are the same for every token."""
+    """Attention weights [H, T, T], in the model's type, of heads whose queries and keys never depend on the token."""
     x_BTD = typical_D.to(attn.q_proj.weight.dtype).expand(1, chunk, -1)
     positions_BT = torch.arange(chunk).unsqueeze(0)
     q_HTd = attn.query(x_BTD, positions_BT)[0].transpose(0, 1).float()
@@ -208,4 +208,4 @@ def _fixed_weights(attn: Attention, typical_D: Tensor, chunk: int) -> Tensor:
     k_HTd = k_GTd.repeat_interleave(len(q_HTd) // len(k_GTd), 0)
     logits = q_HTd @ k_HTd.transpose(1, 2) / math.sqrt(q_HTd.shape[-1])
     later = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)
-    return logits.masked_fill(later, -math.inf).softmax(-1).bfloat16()
+    return logits.masked_fill(later, -math.inf).softmax(-1).to(attn.q_proj.weight.dtype)
