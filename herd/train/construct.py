@@ -21,9 +21,10 @@ SHARP = (1, 2, 3, 4, 5, 6)  # tokens back
 WIDE = (6, 14, 32)  # width in tokens
 _DECAY = (0.95, 0.8)  # weight of each further token, for the two groups that match runs of tokens
 _WRITE = 1.5  # size of the codes in the residual stream, relative to its own
-_COPY = 0.5  # size of a copied token's direction, likewise
+_COPY = 0.5  # size of a copied token's direction, likewise; LOG 1 says what a larger one does
 _FULL_MATCH = 25.0  # logit of a full match
 _WIDE_MATCH = 16.0  # what takes the place of a full match's length for wide windows, whose codes share a large mean
+_ROW = 1024  # tokens of text that are looked at together
 _SINK = 0.4  # logit of a row's own first token, relative to a full match: what a query sees that matches nothing
 
 
@@ -62,7 +63,9 @@ def construct(
     noise = torch.randn(cfg.num_attention_heads * d, D, generator=generator) * 0.002
     top.self_attn.k_proj.weight.copy_(keys_GdD.flatten(0, 1))
     top.self_attn.q_proj.weight.copy_(queries_GdD.repeat_interleave(group, 0).flatten(0, 1) + noise)
-    _copying(top, x_ND, ids_N, unembedding_VD, constant_D, size)
+    whole = len(states_ND) // _ROW * _ROW
+    above_ND = normed(states_ND[:whole].float() + written(local, states_ND[:whole]))
+    _copying(top, above_ND, ids_N[: len(above_ND)], unembedding_VD, _after(local, first), size)
 
 
 @torch.no_grad()
@@ -73,14 +76,12 @@ def erase(local: Block, top: Block, states_ND: Tensor) -> None:
     the expert is a linear map; it is fitted to undo the writing. states_ND: text below the local layer.
     """
     assert isinstance(top.feed_forward, MoE)
-    cfg, expert = local.self_attn.cfg, top.feed_forward.shared_expert
-    x_BTD = states_ND[: len(states_ND) // 1024 * 1024].float().view(-1, 1024, cfg.hidden_size)
-    positions_BT = torch.arange(1024).expand(x_BTD.shape[:2])
-    exact = deepcopy(local).float()
-    written_ND = exact.self_attn(exact.input_layernorm(x_BTD), positions_BT, None).flatten(0, 1)
-    x_ND = normed(x_BTD.flatten(0, 1) + written_ND)
+    expert = top.feed_forward.shared_expert
+    states_ND = states_ND[: len(states_ND) // _ROW * _ROW]
+    written_ND = written(local, states_ND)
+    x_ND = normed(states_ND.float() + written_ND)
     width = expert.up_proj.out_features
-    read_DF = torch.linalg.svd(exact.self_attn.o_proj.weight).U[:, :width]
+    read_DF = torch.linalg.svd(local.self_attn.o_proj.weight.float()).U[:, :width]
     constant_D = torch.linalg.solve(x_ND.T @ x_ND + torch.eye(len(x_ND.T)), x_ND.sum(0))
     gate = torch.tensor(4.0)
     features_NF = torch.nn.functional.silu(gate) * x_ND @ read_DF
@@ -90,6 +91,15 @@ def erase(local: Block, top: Block, states_ND: Tensor) -> None:
     expert.up_proj.weight.copy_(read_DF.T)
     expert.down_proj.weight.copy_(undo_FD.T)
     top.post_attention_layernorm.weight.fill_(1.0)
+
+
+def written(local: Block, states_ND: Tensor) -> Tensor:
+    """What the new local layer's attention adds to states [N, D], taken as rows of _ROW tokens; float32."""
+    exact = deepcopy(local).float()
+    x_BTD = states_ND.float().view(-1, _ROW, states_ND.shape[1])
+    positions_BT = torch.arange(_ROW).expand(x_BTD.shape[:2])
+    rows = zip(x_BTD.split(8), positions_BT.split(8), strict=True)
+    return torch.cat([exact.self_attn(exact.input_layernorm(x), at, None).flatten(0, 1) for x, at in rows])
 
 
 def look_back(attn: Attention, constant_D: Tensor) -> None:
@@ -180,11 +190,17 @@ def _after(local: Block, state_D: Tensor) -> Tensor:
     return normed(state_D.float() + attn.o_proj.weight.float() @ heads)
 
 
-def _copying(top: Block, x_ND: Tensor, ids_N: Tensor, unembedding_VD: Tensor, constant_D: Tensor, size: Tensor) -> None:
-    """Values hold a token's code; the output adds the direction that makes the model say that token."""
+def _copying(top: Block, x_ND: Tensor, ids_N: Tensor, unembedding_VD: Tensor, sink_D: Tensor, size: Tensor) -> None:
+    """Values hold a token's code; the output adds the direction that makes the model say that token.
+
+    x_ND: normed states below the global layer. sink_D: that of the token a query sees that matches nothing; it says
+    nothing.
+    """
     cfg = top.self_attn.cfg
     width = cfg.num_key_value_heads * cfg.head_dim
+    constant_D = torch.linalg.solve(x_ND.T @ x_ND + torch.eye(len(x_ND.T)), x_ND.sum(0))
     code_KD = _token_code(x_ND, ids_N, width, constant_D)
+    code_KD = code_KD - torch.outer(code_KD @ sink_D, sink_D) / sink_D.pow(2).sum()
     code_NK = x_ND @ code_KD.T
     said_ND = unembedding_VD.float()[ids_N] - unembedding_VD.float()[ids_N].mean(0)
     fit = torch.linalg.solve(code_NK.T @ code_NK + 1e-3 * len(code_NK) * torch.eye(width) / width, code_NK.T @ said_ND)
