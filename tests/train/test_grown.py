@@ -1,0 +1,181 @@
+"""The training forward is the model's own forward over the same context."""
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from herd.config import TextConfig
+from herd.data.pool import NO_EVIDENCE, NULL_EVIDENCE
+from herd.model import Transformer
+from herd.model.cache import KVCache, visible
+from herd.train.grown import Batch, Grown, LowRank
+from tests.model.tiny_models import build
+
+CHUNK, AT, LENGTHS, QUESTIONS = 16, 2, (16, 11), (7, 10)
+CONFIG = TextConfig(
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=24,
+    intermediate_size_mlp=48,
+    num_local_experts=4,
+    num_experts_per_tok=1,
+    max_position_embeddings=1024,
+    moe_layers=(AT,),
+    no_rope_layers=(1, 1, 0, 1, 1),
+    attention_chunk_size=CHUNK,
+    floor_scale=16,
+    use_qk_norm=False,
+)
+
+
+class Recording(KVCache):
+    """Keeps the attention probabilities of the global layer [B, H, T, S]."""
+
+    def attend(self, layer, q, k, v, positions):
+        out = super().attend(layer, q, k, v, positions)
+        if layer == AT:
+            keys, _, at = self._layers[layer]
+            logits = torch.einsum("bthd,bshd->bhts", q, keys.repeat_interleave(2, 2)) / math.sqrt(8)
+            self.mass = logits.masked_fill(~visible(positions, at, None).unsqueeze(1), -math.inf).softmax(-1)
+        return out
+
+
+def upcycled_like(config: TextConfig = CONFIG) -> Transformer:
+    """The new local layer (below the global one) looks everywhere alike and has a silent FFN."""
+    model = build(config)
+    torch.nn.init.zeros_(model.blocks[AT - 1].self_attn.q_proj.weight)
+    torch.nn.init.zeros_(model.blocks[AT - 1].feed_forward.down_proj.weight)
+    return model
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return upcycled_like()
+
+
+def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch, list[torch.Tensor]]:
+    """A batch over two chunks, two questions and a text, and the token ids it was made from."""
+    torch.manual_seed(3)
+    ids = [torch.randint(97, (n,)) for n in (*LENGTHS, *QUESTIONS, 12)]
+
+    @torch.no_grad()
+    def states(*rows):
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        positions = torch.arange(padded.shape[1]).expand_as(padded)
+        return model.blocks[0](model.model.embed_tokens(padded), positions, None)
+
+    row = torch.tensor([0, 0, 0, 1, 1])
+    token = torch.tensor([3, 4, 5, 6, 8])
+    target = torch.stack([ids[2 + r][t + 1] for r, t in zip(row, token, strict=True)])
+    evidence = torch.tensor([5, 20, NO_EVIDENCE, NULL_EVIDENCE, 26])
+    chunks, questions, text = states(*ids[:2]), states(*ids[2:4]), states(ids[4])
+    batch = Batch(
+        chunks, list(LENGTHS), questions, row, token, target, evidence, context_tokens, text, ids[4].unsqueeze(0)
+    )
+    return batch, ids
+
+
+def own_forward(model: Transformer, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, V] and attention over real context tokens and the row [B, H, T, S] of both questions."""
+    cache = Recording(CONFIG)
+    for i, chunk in enumerate(ids[:2]):
+        positions = i * CHUNK + torch.arange(len(chunk))
+        model(chunk.expand(2, -1), positions.expand(2, -1), cache)
+    rows = torch.nn.utils.rnn.pad_sequence(ids[2:4], batch_first=True)
+    positions = 2 * CHUNK + torch.arange(rows.shape[1]).expand_as(rows).clone()
+    positions[0, QUESTIONS[0] :] = -1
+    return model(rows, positions, cache), cache.mass
+
+
+def merged(model: Transformer, grown_model: Transformer) -> Transformer:
+    """A copy of the plain model, with the low-rank updates of the trained one added to its weights."""
+    plain, trained = deepcopy(model), dict(grown_model.named_modules())
+    for name, module in plain.named_modules():
+        if isinstance(trained[name], LowRank):
+            update = trained[name].lora_b @ trained[name].lora_a * trained[name].scale
+            module.weight.data.add_(update.detach())
+    return plain
+
+
+def test_losses_are_those_of_the_models_own_forward(model: Transformer) -> None:
+    batch, ids = world(model)
+    trained = deepcopy(model)
+    grown = Grown(trained, 3, 0.5, torch.randn(32))
+    low_rank = [m for m in trained.modules() if isinstance(m, LowRank)]
+    assert len(low_rank) == 2 * 7
+    for module in low_rank:
+        torch.nn.init.normal_(module.lora_b, std=0.3)
+    losses = grown.losses(batch, through=True)
+    plain = merged(model, trained)
+    with torch.no_grad():
+        logits, mass = own_forward(plain, ids)
+        text_logits = plain(batch.text_ids_BT)
+    picked = logits[batch.row_R, batch.token_R]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(losses["answer"], cross_entropy(picked, batch.target_R), **close)
+    torch.testing.assert_close(losses["correct"], (picked.argmax(-1) == batch.target_R).float().mean())
+    torch.testing.assert_close(losses["evidence"], evidence_loss(batch, mass), **close)
+    torch.testing.assert_close(losses["text"], cross_entropy(text_logits[0, :-1], batch.text_ids_BT[0, 1:]), **close)
+    assert torch.equal(grown.losses(batch, through=False)["evidence"], losses["evidence"])
+
+
+def evidence_loss(batch: Batch, mass: torch.Tensor) -> torch.Tensor:
+    """-log of the mean mass, over the heads of a group, on the evidence or the row's own first token."""
+    terms = []
+    for row, token, place in zip(batch.row_R, batch.token_R, batch.evidence_R, strict=True):
+        if place != NO_EVIDENCE:
+            on_evidence = mass[row, :, token, place if place >= 0 else sum(LENGTHS)]
+            terms.append(-on_evidence.unflatten(0, (2, 2)).mean(1).log())
+    return torch.stack(terms).mean()
+
+
+def test_dilution_repeats_the_distractors() -> None:
+    """Every context token but the evidence counts as often as the context stands for."""
+    model = upcycled_like(replace(CONFIG, attn_temperature_tuning=False))
+    batch, ids = world(model, context_tokens=3 * sum(LENGTHS))
+    with torch.no_grad():
+        _, mass = own_forward(model, ids)
+        evidence = Grown(model, 0, 1.0, torch.randn(32)).losses(batch, through=False)["evidence"]
+    diluted = mass.clone()
+    for row, token, place in zip(batch.row_R, batch.token_R, batch.evidence_R, strict=True):
+        weight = torch.ones(mass.shape[-1])
+        weight[: sum(LENGTHS)] = 3
+        if place >= 0:
+            weight[place] = 1
+        counted = mass[row, :, token] * weight
+        diluted[row, :, token] = counted / counted.sum(-1, keepdim=True)
+    torch.testing.assert_close(evidence, evidence_loss(batch, diluted), rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_has_grown_is_trained(model: Transformer) -> None:
+    batch, _ = world(model)
+    grown = Grown(model, 3, 0.5, torch.randn(32))
+    losses = grown.losses(batch, through=True)
+    sum(losses[name] for name in ("answer", "evidence", "text", "quiet")).backward()
+    local = f"model.layers.{AT - 1}."
+    for name, parameter in model.named_parameters():
+        trained = (
+            name.startswith(f"model.layers.{AT}.")
+            or "lora_" in name
+            or name in {f"{local}{part}.weight" for part in ("self_attn.v_proj", "self_attn.o_proj", "input_layernorm")}
+        )
+        assert (name in grown.parameters) == trained == parameter.requires_grad, name
+        assert (parameter.grad is not None) == trained, name
+
+
+def test_low_rank_equals_merged_weights() -> None:
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(12, 7, bias=False), torch.randn(5, 12)
+    low_rank = LowRank(linear, 3, 0.25)
+    assert torch.equal(low_rank(x), linear(x))
+    torch.nn.init.normal_(low_rank.lora_b)
+    weight = linear.weight + 0.25 * low_rank.lora_b @ low_rank.lora_a
+    torch.testing.assert_close(low_rank(x), x @ weight.T)
