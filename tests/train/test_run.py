@@ -1,0 +1,118 @@
+"""A whole run on a tiny model: from files to a delta that fits, also when it was interrupted."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from herd import checkpoint
+from herd.checkpoint import cria
+from herd.checkpoint.upcycle import upcycle
+from herd.errors import ConfigError
+from herd.train import curve
+from herd.train import run as run_recipe
+from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
+from tests.data.tiny_text import write_files
+from tests.train.test_loop import steps_of
+
+module = import_module("herd.train.run")  # the package exports the function of this name
+RECIPE = """
+checkpoint_every = 2
+[pool]
+paths = ["{folder}/*.py"]
+hold_out = []
+chunks = 8
+chunk_size = 600
+facts_per_chunk = 1
+questions_per_chunk = 4
+absent_share = 0.3
+[model]
+global_layer = 2
+chunk = 1024
+experts = 2
+expert_width = 16
+lora_rank = 2
+[batch]
+questions = 4
+chunks = [2, 3]
+rows = 60
+text_rows = 1
+text_tokens = 16
+[optimizer]
+steps = 5
+retrieval_steps = 2
+through_every = 1
+lr = 1e-3
+lora_lr = 1e-3
+warmup = 2
+decay = 0.5
+[loss]
+evidence = 1.0
+text = 0.5
+quiet = 0.1
+dilute_to = 10000
+dilute_answers_to = 4000
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe whose base model is a random one with nine heads in three groups."""
+    llama = tiny_llama(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    gguf = write_gguf(llama, tmp_path / "tiny.gguf")
+    monkeypatch.setattr(module, "fetch_wheel", lambda folder: gguf)
+    grow = lambda base, out, sizes: upcycle(base, out, **sizes, dtype=torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(module, "upcycle_base", grow)
+    (tmp_path / "text").mkdir()
+    write_files(tmp_path / "text")
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.replace("{folder}", str(tmp_path / "text")))
+    return path
+
+
+def test_a_run_leaves_a_delta_and_survives_an_interruption(recipe: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stages: list[str] = []
+    figures = run_recipe(recipe, whole, progress=lambda stage, *_: stages.append(stage))
+    assert figures["step"] == 5 and figures["answer"] > 0
+    assert list(dict.fromkeys(stages)) == ["pool", "hidden states of chunks", "hidden states of questions", "train"]
+
+    def interrupt(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage == "train" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, cut, progress=interrupt)
+    with pytest.raises(ConfigError, match="--resume"):
+        run_recipe(recipe, cut)
+    run_recipe(recipe, cut, resume=True)
+    assert steps_of(cut) == [1, 2, 3, 4, 5]
+    ours, theirs = (load_file(folder / "delta.safetensors") for folder in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    (tmp_path / "model").mkdir()
+    cria.apply_delta(whole / "init", whole / "delta.safetensors", tmp_path / "model")
+    model = checkpoint.load(tmp_path / "model")
+    assert model(torch.tensor([[5, 6, 7]])).isfinite().all()
+
+
+def test_a_folder_belongs_to_one_recipe(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text("seed = 5\n")
+    with pytest.raises(ConfigError, match=r"another recipe.*--run-dir"):
+        run_recipe(recipe, folder, resume=True)
+    assert [path.name for path in folder.iterdir()] == ["recipe.toml"]
+
+
+def test_a_curve_is_drawn_from_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="holds no steps"):
+        curve.draw(tmp_path)
+    lines = ['{"step": 1, "evidence": 2.0}', '{"step": 2, "evidence": 1.0, "answer": 3.0, "correct": 0.5}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert curve.read(tmp_path / "metrics.jsonl")["answer"] == [(2, 3.0)]
+    assert curve.smoothed([(1, 2.0), (2, 1.0)]) == ([1, 2], [2.0, 1.5])
+    assert curve.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
