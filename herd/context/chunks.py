@@ -2,7 +2,7 @@
 
 A chunk begins on an attention-chunk boundary, so local attention never crosses a source; it is cut at line ends, so a
 fact is not cut from its key. Its header is one comment line: `# source:first_line`, and for Python the methods defined
-in the chunk with their class, `# http/client.py:120 putrequest in class HTTPConnection,`.
+in the chunk with their class, `# http/client.py:120 method putrequest in class HTTPConnection,`.
 """
 
 import ast
@@ -39,7 +39,7 @@ class _Line:
     number: int
     text: str
     tokens: int
-    member: str  # "method in class Class" where a method is defined, else ""
+    member: str  # "method name in class Class" where a method is defined, else ""
 
 
 def cut(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[Chunk]:
@@ -121,7 +121,7 @@ def _lines(name: str, text: str, tokenizer: Encoder, chunk_size: int) -> list[_L
 
 
 def _members(text: str, lines: list[str]) -> list[str]:
-    """For each line of Python: "method in class Class" if it defines a method, else ""."""
+    """For each line of Python: "method name in class Class" if it defines a method, else ""."""
     if len(text) > _MAX_PARSED:
         return _members_by_indent(lines)
     try:
@@ -135,7 +135,7 @@ def _members(text: str, lines: list[str]) -> list[str]:
         block, owner = blocks.pop()
         for node in ast.iter_child_nodes(block):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                members[node.lineno - 1] = f"{node.name} in class {owner}" if owner else ""
+                members[node.lineno - 1] = f"method {node.name} in class {owner}" if owner else ""
                 blocks.append((node, ""))
             elif isinstance(node, ast.ClassDef):
                 blocks.append((node, node.name))
@@ -156,7 +156,7 @@ def _members_by_indent(lines: list[str]) -> list[str]:
                 open_blocks.pop()
             is_class = match[2] == "class"
             if not is_class and open_blocks and open_blocks[-1][2]:
-                member = f"{match[3]} in class {open_blocks[-1][1]}"
+                member = f"method {match[3]} in class {open_blocks[-1][1]}"
             open_blocks.append((indent, match[3], is_class))
         members.append(member)
     return members

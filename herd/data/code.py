@@ -17,7 +17,7 @@ FAMILIES = ("constant", "parameters", "class", "docstring")
 MAX_LITERAL, MAX_SIGNATURE, MAX_SENTENCE = 60, 160, 200
 
 _HEADER = re.compile(r"# (.+?):(\d+)(?= |$)")
-_ENTRY = re.compile(r" (\w+) in class ([\w.]+)(?=,|$)")
+_ENTRY = re.compile(r" method (\w+) in class ([\w.]+)(?=,|$)")
 _ASSIGN = re.compile(r"^( *)([A-Za-z_]\w*)( *(?::[^=\n]{1,40})?= *)([^=\s#][^\n]*)$", re.M)
 _DEF = re.compile(r"^( *)(?:async )?(def (\w+)\()", re.M)
 _CLASS = re.compile(r"^( *)class (\w+)", re.M)
@@ -177,6 +177,6 @@ def _classes(text: str) -> list[Draft]:
     drafts: list[Draft] = []
     for method, owner in entries:
         if often[method] == 1:
-            copied = f"{method} in class {owner}"
+            copied = f"method {method} in class {owner}"
             drafts.append(("class", method, copied, f" {copied}", owner))
     return drafts

@@ -1,6 +1,6 @@
-"""Wordings of invented facts. {E} entity, {e} as identifier, {A} attribute, {a} as identifier, {v} value.
+"""Wordings of invented facts. {E} entity, {A} attribute, {a} as identifier, {v} value.
 
-In every wording the value comes after the words that identify it, because the model reads from left to right.
+In every wording the value comes after the entity, because the model reads from left to right.
 """
 
 from __future__ import annotations
@@ -44,13 +44,6 @@ PLAIN: dict[str, tuple[str, ...]] = {
         '{{"entity": "{E}", "{a}": "{v}"}}',
         '{{"name": "{E}", "attribute": "{A}", "value": "{v}"}}',
         '"{E}": {{"{a}": "{v}"}},',
-        '{{"{e}.{a}": "{v}"}}',
-        "{e}.{a} = {v}",
-        '{e}.{a} = "{v}"',
-        "{e}_{a}: {v}",
-        "{e}/{a}={v}",
-        "export {e}_{a}='{v}'",
-        'self.{e}["{a}"] = "{v}"',
         "set_{a}('{E}', '{v}')",
         'config.set("{E}", "{A}", "{v}")',
         '<{a} of="{E}">{v}</{a}>',
@@ -149,7 +142,6 @@ LATEST: dict[str, tuple[tuple[str, str], ...]] = {
         ("The {A} of {E} was {v}.", "Since then the {A} of {E} has changed to {v}."),
         ("{E}: {A} {v}", "{E}: {A} updated to {v}"),
         ("{E}'s {A} is {v}.", "Correction: {E}'s {A} is {v}."),
-        ("{e}.{a} = {v}", "{e}.{a} = {v}"),
         ("The {A} of {E} is {v}.", "The {A} of {E} is {v}."),
         ("2021-02-03 {E} {A}: {v}", "2023-08-14 {E} {A}: {v}"),
         ("v1 {E} / {A} -> {v}", "v2 {E} / {A} -> {v}"),

@@ -137,7 +137,7 @@ def _identified(text: str) -> str:
 
 
 def _say(form: str, entity: str, attribute: str, value: str) -> str:
-    said = form.format(E=entity, e=_identified(entity), A=attribute, a=_identified(attribute), v=value)
+    said = form.format(E=entity, A=attribute, a=_identified(attribute), v=value)
     if said.startswith("the ") and form[:2] in ("{E", "Th"):
         said = said[0].upper() + said[1:]
     return said
@@ -159,22 +159,28 @@ def _plain(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
     if sentence.count(value) != 1:
         return None
     asked = _ask(templates.ASK[split], rng, phrasings, E=entity, A=attribute)
+    rest = _after(sentence, entity)
     misses = _near_misses(rng, split, form, entity, attribute, kind)
-    if any(sentence in miss or miss in sentence for miss in misses):
+    if value not in rest or any(sentence in miss or miss in sentence for miss in misses):
         return None
     return Fact(sentence, _questions("fact", asked, attribute, entity, value, sentence, kind), distractors=misses)
 
 
+def _after(sentence: str, entity: str) -> str:
+    """What follows the entity in a sentence, "" if it is not there once: the part that an answer copies."""
+    before, _, rest = sentence.lower().rpartition(entity.lower())
+    return sentence[-len(rest) :] if rest and entity.lower() not in before else ""
+
+
 def _near_misses(rng: Random, split: str, form: str, entity: str, attribute: str, kind: str) -> tuple[str, ...]:
-    """The same attribute of a similar entity, and another attribute of the same entity."""
+    """The same attribute of a similar entity and, where the words before the value tell, another one of the same."""
     other_entity, (other_attribute, other_kind) = _similar(rng, split, entity), _attribute(rng, split, "")
     misses = []
     if other_entity != entity:
         other_form = form if rng.random() < 0.5 else rng.choice(templates.PLAIN[split])
         misses.append(_say(other_form, other_entity, attribute, value_of(rng, kind, split)))
-    if other_attribute != attribute:
-        other_form = form if rng.random() < 0.5 else rng.choice(templates.PLAIN[split])
-        misses.append(_say(other_form, entity, other_attribute, value_of(rng, other_kind, split)))
+    if other_attribute != attribute and "{A} of {E}" in form:
+        misses.append(_say(form, entity, other_attribute, value_of(rng, other_kind, split)))
     return tuple(misses)
 
 
@@ -211,9 +217,11 @@ def _named(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
     miss = form.format(n=near, v=other)
     if sentence.count(value) != 1 or near == name or sentence in miss or miss in sentence:
         return None
-    # Answered like a constant of code, because nothing in the question tells the two apart.
+    copied = sentence[sentence.index(name) :]
+    if sentence.count(name) != 1 or value not in copied:
+        return None
     questions = [
-        Question("fact", text, f"{name} = {value}", value, sentence, value, name, kind)
+        Question("fact", text, copied, copied, sentence, value, name, kind)
         for text in _ask(templates.ASK_NAMED[split], rng, phrasings, n=name)
     ]
     return Fact(sentence, questions, distractors=(miss,))
@@ -225,7 +233,7 @@ def _latest(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
     old, new = value_of(rng, kind, split), value_of(rng, kind, split)
     before, after = rng.choice(templates.LATEST[split])
     older, newer = _say(before, entity, attribute, old), _say(after, entity, attribute, new)
-    if newer.count(new) != 1 or new in old or old in new or newer in older:
+    if newer.count(new) != 1 or new in old or old in new or newer in older or new not in _after(newer, entity):
         return None
     forms = templates.ASK_LATEST[split] + templates.ASK[split][:4]
     asked = _ask(forms, rng, phrasings, E=entity, A=attribute)
@@ -240,19 +248,21 @@ def _two_hop(rng: Random, split: str, kind: str, phrasings: int) -> Fact | None:
     value = value_of(rng, kind, split)
     forms = templates.PLAIN[split]
     first, second = (_say(rng.choice(forms), *say) for say in ((entity, link, middle), (middle, attribute, value)))
-    if first.count(middle) != 1 or second.count(value) != 1 or value in middle or middle in entity:
+    found, rest = _after(first, entity), _after(second, middle)
+    if middle not in found or value not in rest or value in middle or middle in entity:
         return None
     asked = _ask(templates.ASK_TWO_HOP[split], rng, phrasings, E=entity, A=attribute, B=link)
-    start = f"The {link} of {entity} is {middle}. "
+    start = f"The {link} of {entity}{found}\n"
     drafts = _questions("two-hop", asked, attribute, middle, value, second, kind)
-    hops = ((middle, first), (value, second))
+    hops = ((found, first), (rest, second))
     key = f"The {attribute} of the {link} of {entity}"
-    two = [Question(d.family, d.question, start + d.answer, value, second, value, key, kind, hops) for d in drafts]
+    two = [Question(d.family, d.question, start + d.answer, rest, second, value, key, kind, hops) for d in drafts]
     return Fact(second, two, first_hop=first)
 
 
 def _questions(
     family: str, asked: list[str], attribute: str, entity: str, value: str, evidence: str, kind: str
 ) -> list[Question]:
-    key = f"The {attribute} of {entity}"
-    return [Question(family, text, f"{key} is {value}.", value, evidence, value, key, kind) for text in asked]
+    """Answers name what is asked for, and go on as the evidence does after the entity."""
+    key, rest = f"The {attribute} of {entity}", _after(evidence, entity)
+    return [Question(family, text, key + rest, rest, evidence, value, key, kind) for text in asked]

@@ -2,10 +2,11 @@
 
 An answer is exact if, stripped, it equals the expected answer, or if its *value slot* equals the expected value:
 
-- fact, constant: the text after the last ` is ` or ` = ` (for C, after `NAME `), without its full stop;
+- constant: the text after the last ` = ` (for C, after `NAME `);
 - parameters: the text from the first `(` to the end, and the name stands before it;
 - class: the text after the last `in class `, without a full stop at its end;
-- docstring, option, definition: the text after the signature or headword, that is, the answer ends with the value.
+- docstring, option, definition: the text after the signature or headword, that is, the answer ends with the value;
+- fact: the end of the answer, with what follows the value in the quoted line.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def _slot(given: str, question: Question) -> str:
     if family in ("docstring", "option", "definition"):
         value = squeeze(question.value)
         return value if given.endswith(value) and key in given else ""
-    found = list(re.finditer(r" (?:is|=) ", given))
+    if family == "fact":
+        value = squeeze(question.value)
+        end = squeeze(question.answer).rpartition(value)[1:]
+        return value if given.endswith("".join(end)) and key in given else ""
+    found = list(re.finditer(r" = ", given))
     if not found:
         return given.removeprefix("#define ").removeprefix(f"{key} ")
     return given[found[-1].end() :]

@@ -10,7 +10,7 @@ from torch import Tensor
 from herd.data.bank import pad
 from herd.data.pool import NO_EVIDENCE, Pool
 from herd.train.grown import Batch
-from herd.train.recipe import Recipe
+from herd.train.recipe import Phase, Recipe
 
 
 class Batches:
@@ -18,19 +18,20 @@ class Batches:
         self.recipe, self.pool = recipe, pool
         self.chunk_states, self.question_states = chunk_states_ND, question_states_MD
         self._lengths = np.diff(pool.question_start_Q)
+        self._count = len(pool.chunk_start_C) - 1
         order = np.argsort(pool.chunk_of_Q, kind="stable")
-        bounds = np.searchsorted(pool.chunk_of_Q[order], np.arange(-1, len(pool.chunk_start_C)))
+        bounds = np.searchsorted(pool.chunk_of_Q[order], np.arange(-1, self._count + 1))
         self._about = [order[a:b] for a, b in pairwise(bounds)]  # [0]: absent questions
 
-    def draw(self, step: int, *, few: bool) -> Batch:
-        """The batch of one step; `few`: of the smallest number of chunks, and of short questions."""
-        r, pool = self.recipe, self.pool
-        rng = np.random.default_rng((r.seed, step))
-        chunks = rng.choice(len(pool.chunk_start_C) - 1, self._chunk_count(rng, few), replace=False)
-        questions = self._questions(chunks, rng, few)
+    def draw(self, phase: Phase, step: int, *, looking: bool) -> Batch:
+        """The batch of one step; `looking`: only rows whose evidence is known."""
+        pool = self.pool
+        rng = np.random.default_rng((self.recipe.seed, looking, step))
+        chunks = rng.choice(self._count, min(phase.chunks, self._count), replace=False)
+        questions = self._questions(chunks, phase, rng)
         lengths = [int(n) for n in pool.chunk_start_C[chunks + 1] - pool.chunk_start_C[chunks]]
         first_of = dict(zip(chunks.tolist(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
-        rows, tokens, targets, evidence = [], [], [], []
+        rows, tokens, targets, evidence, firsts = [], [], [], [], []
         for i, q in enumerate(questions.tolist()):
             start, stop = (int(x) for x in pool.question_start_Q[q : q + 2])
             answer = np.arange(start + int(pool.answer_start_Q[q]) - 1, stop - 1)
@@ -39,10 +40,10 @@ class Batches:
             tokens.append(answer - start)
             targets.append(pool.question_ids_M[answer + 1])
             evidence.append(np.where(place >= 0, place + first_of.get(int(pool.chunk_of_Q[q]), 0), place))
-        kept = _thin(np.concatenate(evidence), r.batch.rows, rng)
-        # Copying is learnt from contexts whose evidence stands out; only looking is trained under full dilution.
-        longest = math.log(max((r.loss.dilute_answers_to if few else r.loss.dilute_to) / sum(lengths), 1.0))
-        text, text_ids = self._text(chunks, rng)
+            firsts.append((place != NO_EVIDENCE) & (place != np.concatenate([[NO_EVIDENCE], place[:-1]]) + 1))
+        kept = _thin(np.concatenate(evidence), np.concatenate(firsts), phase.rows, rng, looking)
+        text, text_ids = self._text(chunks, phase, rng)
+        longest = math.log(max(phase.dilute_to / sum(lengths), 1.0))
         return Batch(
             chunk_CTD=pad([_row(self.chunk_states, pool.chunk_start_C, c) for c in chunks]),
             chunk_lengths=lengths,
@@ -51,51 +52,46 @@ class Batches:
             token_R=_long(tokens)[kept],
             target_R=_long(targets)[kept],
             evidence_R=_long(evidence)[kept],
+            first_R=_long(firsts)[kept].bool(),
             context_tokens=int(sum(lengths) * math.exp(rng.uniform(0, longest))),
             text_BTD=text,
             text_ids_BT=text_ids,
         )
 
-    def _chunk_count(self, rng: np.random.Generator, few: bool) -> int:
-        low, high = self.recipe.batch.chunks
-        high = low if few else high
-        return min(round(math.exp(rng.uniform(math.log(low), math.log(high)))), len(self.pool.chunk_start_C) - 1)
-
-    def _questions(self, chunks: np.ndarray, rng: np.random.Generator, few: bool) -> np.ndarray:
+    def _questions(self, chunks: np.ndarray, phase: Phase, rng: np.random.Generator) -> np.ndarray:
         """Questions these chunks answer, and some they do not."""
-        r = self.recipe
-        # Rows of like length waste little padding: often only short questions, sometimes any.
-        longest = np.quantile(self._lengths, rng.choice((0.4, 0.7, 0.85 if few else 1.0)))
+        # Rows of like length waste little padding: often only short questions, sometimes nearly any.
+        longest = np.quantile(self._lengths, rng.choice((0.5, 0.8, 0.97)))
         present = np.concatenate([self._about[c + 1] for c in chunks])
         present = present[self._lengths[present] <= longest]
-        absent = rng.choice(self._about[0], min(len(self._about[0]), 4 * r.batch.questions), replace=False)
+        absent = rng.choice(self._about[0], min(len(self._about[0]), 4 * phase.questions), replace=False)
         absent = absent[~np.isin(self.pool.twin_of_Q[absent], chunks) & (self._lengths[absent] <= longest)]
-        count = min(int(r.pool.absent_share * r.batch.questions), len(absent))
-        chosen = rng.choice(present, min(r.batch.questions - count, len(present)), replace=False)
+        count = min(int(self.recipe.pool.absent_share * phase.questions), len(absent))
+        chosen = rng.choice(present, min(phase.questions - count, len(present)), replace=False)
         return np.concatenate([chosen, absent[:count]])
 
-    def _text(self, chunks: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        pool, batch = self.pool, self.recipe.batch
-        starts = [
-            int(pool.chunk_start_C[c]) for c in rng.choice(chunks, min(batch.text_rows, len(chunks)), replace=False)
-        ]
-        spans = [(s, min(s + batch.text_tokens, len(pool.chunk_ids_N))) for s in starts]
-        spans = [(s, e) for s, e in spans if e - s == batch.text_tokens]
-        if not spans:
+    def _text(self, chunks: np.ndarray, phase: Phase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Beginnings of chunks: a text's first token is where looks that find nothing go, as in a question."""
+        pool = self.pool
+        picked = rng.choice(chunks, min(phase.text_rows, len(chunks)), replace=False)
+        starts = [int(s) for c in picked if (s := pool.chunk_start_C[c]) + phase.text_tokens <= pool.chunk_start_C[c + 1]]
+        if not starts:
             return torch.empty(0), torch.empty(0)
-        states = torch.stack([self.chunk_states[s:e] for s, e in spans])
-        return states, torch.stack([torch.from_numpy(pool.chunk_ids_N[s:e].astype(np.int64)) for s, e in spans])
+        spans = [slice(s, s + phase.text_tokens) for s in starts]
+        states = torch.stack([self.chunk_states[span] for span in spans])
+        return states, torch.stack([torch.from_numpy(pool.chunk_ids_N[span].astype(np.int64)) for span in spans])
 
 
 def _row(states: Tensor, start: np.ndarray, i: int) -> Tensor:
     return states[int(start[i]) : int(start[i + 1])]
 
 
-def _thin(evidence_R: np.ndarray, most: int, rng: np.random.Generator) -> Tensor:
-    """Which answer rows are trained: all where a copy begins or an absence shows, and others up to `most`."""
-    before = np.concatenate([[NO_EVIDENCE], evidence_R[:-1]])
-    first = (evidence_R != NO_EVIDENCE) & (evidence_R != before + 1)
-    priority = rng.random(len(evidence_R)) + first
+def _thin(evidence_R: np.ndarray, first_R: np.ndarray, most: int, rng: np.random.Generator, known: bool) -> Tensor:
+    """Which answer rows are trained: first those where a copy begins or an absence shows, then others up to `most`."""
+    priority = rng.random(len(evidence_R)) + first_R
+    if known:
+        most = min(most, int((evidence_R != NO_EVIDENCE).sum()))
+        priority -= 2.0 * (evidence_R == NO_EVIDENCE)
     return torch.from_numpy(np.sort(np.argsort(-priority, kind="stable")[:most]))
 
 

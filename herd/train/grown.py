@@ -1,6 +1,7 @@
 """Forward passes that train the layers an upcycled model has grown, on hidden states of the frozen layers below.
 
-The global layer's queries look at all chunks of the step at once, as they will look at a context on disk.
+First looking is trained alone: where the global layer's queries look, among all chunks of the step at once, as they
+will in a context on disk. Then it stays fixed, and answering is trained: what is copied, and the layers above.
 
 Shape suffixes: C chunks, Q questions, T tokens of a row, N context tokens of all chunks, R answer rows (tokens whose
 successor is trained), H query heads, G key/value heads, d head_dim, D hidden.
@@ -30,9 +31,13 @@ class Batch:
     token_R: Tensor  # and its place in the question
     target_R: Tensor  # id of the token that follows
     evidence_R: Tensor  # place of that token in the context, NO_EVIDENCE or NULL_EVIDENCE
+    first_R: Tensor  # whether a copy begins there, or an absence shows
     context_tokens: int  # the length this context stands for: position of the questions, and dilution
     text_BTD: Tensor  # plain text
     text_ids_BT: Tensor
+
+
+_LOST = -30.0  # log of a mass that is as good as nothing
 
 
 class LowRank(nn.Module):
@@ -61,10 +66,6 @@ class Grown:
         layers = transformer.blocks
         self.local, self.top, self.above = layers[self.at - 1], layers[self.at], layers[self.at + 1 :]
         self.norm, self.lm_head = transformer.model.norm, transformer.lm_head
-        self.top.requires_grad_(True)
-        self.local.self_attn.v_proj.requires_grad_(True)
-        self.local.self_attn.o_proj.requires_grad_(True)
-        self.local.input_layernorm.requires_grad_(True)
         self._weights_HTT = _fixed_weights(self.local.self_attn, typical_D, self.chunk)
         if rank:
             for block in self.above:
@@ -72,58 +73,70 @@ class Grown:
                     for name, linear in list(part.named_children()):
                         assert isinstance(linear, nn.Linear), "layers above the global one are dense"
                         setattr(part, name, LowRank(linear, rank, scale))
-        self.parameters = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
+        attn = self.local.self_attn
+        looking = [self.local.input_layernorm, attn.v_proj, attn.o_proj, self.local.post_attention_layernorm]
+        looking += [self.local.feed_forward, self.top.input_layernorm]
+        looking += [self.top.self_attn.q_proj, self.top.self_attn.k_proj]
+        answering = [self.top.self_attn.v_proj, self.top.self_attn.o_proj, self.top.post_attention_layernorm]
+        answering += [self.top.feed_forward]
+        names = {id(p): name for name, p in transformer.named_parameters()}
+        self.looking = {names[id(p)]: p for module in looking for p in module.parameters()}
+        self.answering = {names[id(p)]: p for module in answering for p in module.parameters()}
+        self.answering |= {name: p for name, p in transformer.named_parameters() if "lora_" in name}
 
-    def losses(self, batch: Batch, *, through: bool) -> dict[str, Tensor]:
-        """Terms of the loss: evidence, quiet, and with `through` (the layers above run too) answer and text."""
-        x_CTD, quiet = self._local(batch.chunk_CTD)
-        keep_CT = torch.arange(x_CTD.shape[1]) < torch.tensor(batch.chunk_lengths).unsqueeze(1)
-        k_CTGd, v_CTGd = self.top.self_attn.key_value(self.top.input_layernorm(x_CTD), _positions(x_CTD))
-        context = (k_CTGd[keep_CT], v_CTGd[keep_CT])
-        x_QTD, quiet_q = self._local(batch.question_QTD)
-        out_QTHd, evidence = self._global(x_QTD, context, batch, through)
-        losses = {"evidence": evidence, "quiet": quiet + quiet_q}
-        if not through:
-            return losses
+    def look(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss of looking: evidence, -log of the attention mass on it, mean of all heads. Needs `train(looking)`."""
+        q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
+        log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
+        known = batch.evidence_R != NO_EVIDENCE
+        place_R = torch.where(batch.evidence_R >= 0, batch.evidence_R, len(keys_NGd))[known]
+        mass_GRh = log_p[:, known].gather(-1, place_R.view(1, -1, 1, 1).expand(*_heads(log_p, place_R), 1)).squeeze(-1)
+        weight_R = 1.0 + batch.first_R[known]  # where a copy begins, or an absence shows, most is lost or won
+        # Beyond the floor a look is lost: another one is worth more.
+        evidence = -(mass_GRh.clamp(min=_LOST).mean((0, 2)) * weight_R).sum() / weight_R.sum()
+        return {"evidence": evidence, "mass": mass_GRh.detach().exp().mean()}
+
+    def answer(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of answering: answer tokens, and plain text without a context."""
+        with torch.no_grad():
+            q_QTHd, k_QTGd, keys_NGd, x_NTD, x_QTD = self._queries_and_keys(batch)
+            p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch).exp().to(keys_NGd.dtype)
+        values_NGd, v_QTGd = self._values(x_NTD), self._values(x_QTD)
+        with torch.no_grad():
+            out_QTHd = _prompt_rows(q_QTHd, k_QTGd, v_QTGd, (keys_NGd, values_NGd), _dilution(batch, len(keys_NGd)))
+        out_RHd = _outputs(p, values_NGd, v_QTGd[batch.row_R])
+        out_QTHd = out_QTHd.index_put((batch.row_R, batch.token_R), out_RHd)
         answer_RD = self._finish(x_QTD, out_QTHd)[batch.row_R, batch.token_R]
         logits_RV = self.lm_head(self.norm(answer_RD)).float()
-        losses["answer"] = F.cross_entropy(logits_RV, batch.target_R)
+        losses = {"answer": F.cross_entropy(logits_RV, batch.target_R)}
         losses["correct"] = (logits_RV.detach().argmax(-1) == batch.target_R).float().mean()
         if len(batch.text_BTD):
             losses["text"] = self._text(batch)
         return losses
 
-    def _local(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the new local layer, and the size of what it adds relative to what was there.
+    def _queries_and_keys(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries [Q, T, H, d] and keys [Q, T, G, d] of questions, keys [N, G, d] of the context, and both's states."""
+        x_CTD, attn = self._local(batch.chunk_CTD), self.top.self_attn
+        x_ND = x_CTD[torch.arange(x_CTD.shape[1]) < torch.tensor(batch.chunk_lengths).unsqueeze(1)]
+        keys_NGd = attn.key_value(self.top.input_layernorm(x_ND).unsqueeze(0), _positions(x_ND.unsqueeze(0)))[0][0]
+        x_QTD = self._local(batch.question_QTD)
+        normed_QTD = self.top.input_layernorm(x_QTD)
+        start = -(-batch.context_tokens // self.chunk) * self.chunk
+        q_QTHd = attn.query(normed_QTD, _positions(x_QTD) + start)
+        return q_QTHd, attn.key_value(normed_QTD, _positions(x_QTD))[0], keys_NGd, x_ND, x_QTD
 
-        Its heads look at fixed distances (`look_back`), so their attention weights are the same for every row, and
-        its feed-forward part is silent.
-        """
+    def _values(self, x: Tensor) -> Tensor:
+        return self.top.self_attn.v_proj(self.top.input_layernorm(x)).unflatten(-1, (-1, self.cfg.head_dim))
+
+    def _local(self, x_BTD: Tensor) -> Tensor:
+        """Output of the new local layer. Its heads look at fixed distances, alike for every row (`look_back`)."""
         attn, T = self.local.self_attn, x_BTD.shape[1]
         v_BTGd = attn.v_proj(self.local.input_layernorm(x_BTD)).unflatten(-1, (-1, self.cfg.head_dim))
         v_GTBd = v_BTGd.permute(2, 1, 0, 3)
         weights_GhTT = self._weights_HTT[:, :T, :T].unflatten(0, (v_GTBd.shape[0], -1))
         out_GhTBd = (weights_GhTT @ v_GTBd.flatten(2).unsqueeze(1)).unflatten(-1, v_GTBd.shape[2:])
-        added_BTD = attn.o_proj(out_GhTBd.flatten(0, 1).permute(2, 1, 0, 3).flatten(2))
-        ratio = added_BTD.float().pow(2).mean() / x_BTD.float().pow(2).mean()
-        return x_BTD + added_BTD, ratio
-
-    def _global(
-        self, x_QTD: Tensor, context: tuple[Tensor, Tensor], batch: Batch, through: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of questions over the context and themselves [Q, T, H, d], and the evidence loss."""
-        attn = self.top.self_attn
-        x_QTD = self.top.input_layernorm(x_QTD)
-        start = -(-batch.context_tokens // self.chunk) * self.chunk
-        q_QTHd = attn.query(x_QTD, _positions(x_QTD) + start)
-        k_QTGd, v_QTGd = attn.key_value(x_QTD, _positions(x_QTD))
-        dilution = math.log(max(1.0, batch.context_tokens / len(context[0])))
-        out_RHd, evidence = _answer_rows(q_QTHd, k_QTGd, v_QTGd, context, batch, dilution)
-        if not through:
-            return out_RHd, evidence
-        with torch.no_grad():
-            out_QTHd = _prompt_rows(q_QTHd, k_QTGd, v_QTGd, context, dilution)
-        return out_QTHd.index_put((batch.row_R, batch.token_R), out_RHd), evidence
+        x_BTD = x_BTD + attn.o_proj(out_GhTBd.flatten(0, 1).permute(2, 1, 0, 3).flatten(2))
+        return x_BTD + self.local.feed_forward(self.local.post_attention_layernorm(x_BTD))
 
     def _finish(self, x_BTD: Tensor, out_BTHd: Tensor) -> Tensor:
         x_BTD = x_BTD + self.top.self_attn.o_proj(out_BTHd.flatten(2))
@@ -134,11 +147,12 @@ class Grown:
 
     def _text(self, batch: Batch) -> Tensor:
         """Cross-entropy of plain text without any context."""
-        x_BTD, _ = self._local(batch.text_BTD)
-        normed = self.top.input_layernorm(x_BTD)
-        q = self.top.self_attn.query(normed, _positions(x_BTD))
-        k, v = self.top.self_attn.key_value(normed, _positions(x_BTD))
-        x_BTD = self._finish(x_BTD, causal_attention(q, k, v, None))
+        with torch.no_grad():
+            x_BTD = self._local(batch.text_BTD)
+            normed_BTD = self.top.input_layernorm(x_BTD)
+            q = self.top.self_attn.query(normed_BTD, _positions(x_BTD))
+            k, _ = self.top.self_attn.key_value(normed_BTD, _positions(x_BTD))
+        x_BTD = self._finish(x_BTD, causal_attention(q, k, self._values(x_BTD), None))
         logits = self.lm_head(self.norm(x_BTD[:, :-1])).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.text_ids_BT[:, 1:].flatten())
 
@@ -147,36 +161,34 @@ def _positions(x_BTD: Tensor) -> Tensor:
     return torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[:2])
 
 
-def _answer_rows(
-    q_QTHd: Tensor, k_QTGd: Tensor, v_QTGd: Tensor, context: tuple[Tensor, Tensor], batch: Batch, dilution: float
-) -> tuple[Tensor, Tensor]:
-    """Attention output [R, H, d] of the answer rows and -log(mass on the evidence), with virtual dilution.
+def _heads(log_p: Tensor, place_R: Tensor) -> tuple[int, int, int]:
+    return log_p.shape[0], len(place_R), log_p.shape[2]
 
-    Every context token but the evidence counts exp(dilution) times, as if the context were that much longer.
-    """
-    k_NGd, v_NGd = context
-    N, G = k_NGd.shape[:2]
-    q_GRgd = q_QTHd[batch.row_R, batch.token_R].unflatten(1, (G, -1)).transpose(0, 1) / math.sqrt(q_QTHd.shape[-1])
-    q_flat = q_GRgd.flatten(1, 2)
-    far = (q_flat @ k_NGd.permute(1, 2, 0)).float().view(*q_GRgd.shape[:3], N)
-    k_RTGd, v_RTGd = k_QTGd[batch.row_R], v_QTGd[batch.row_R]
-    near = torch.einsum("grhd,rtgd->grht", q_GRgd, k_RTGd).float()
+
+def _dilution(batch: Batch, tokens: int) -> float:
+    """What makes every context token but the evidence count as often as if the context were longer."""
+    return math.log(max(1.0, batch.context_tokens / tokens))
+
+
+def _log_attention(q_QTHd: Tensor, k_QTGd: Tensor, keys_NGd: Tensor, batch: Batch) -> Tensor:
+    """Log attention [G, R, h, N + T] of the answer rows over the context and their own row, with virtual dilution."""
+    N, G = keys_NGd.shape[:2]
+    q_GRhd = q_QTHd[batch.row_R, batch.token_R].unflatten(1, (G, -1)).transpose(0, 1) / math.sqrt(q_QTHd.shape[-1])
+    far = (q_GRhd.flatten(1, 2) @ keys_NGd.permute(1, 2, 0)).float().view(*q_GRhd.shape[:3], N)
+    near = torch.einsum("grhd,rtgd->grht", q_GRhd, k_QTGd[batch.row_R]).float()
     later_RT = torch.arange(k_QTGd.shape[1]) > batch.token_R.unsqueeze(1)
     near = near.masked_fill(later_RT.unsqueeze(1), -math.inf)
-    bias_RN = torch.full((len(batch.row_R), N), dilution)
+    bias_RN = torch.full((len(batch.row_R), N), _dilution(batch, N))
     found = batch.evidence_R >= 0
     bias_RN[found, batch.evidence_R[found]] = 0.0
-    logits = torch.cat([far + bias_RN.unsqueeze(1), near], -1)
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    p = log_p.exp().to(v_NGd.dtype)
-    out = (p[..., :N].flatten(1, 2) @ v_NGd.transpose(0, 1)).view_as(q_GRgd)
-    out = out + torch.einsum("grht,rtgd->grhd", p[..., N:], v_RTGd)
-    known = batch.evidence_R != NO_EVIDENCE
-    place_R = torch.where(found, batch.evidence_R, N)[known]  # NULL: the question's own first token
-    mass_GRh = log_p[:, known].gather(-1, place_R.view(1, -1, 1, 1).expand(G, -1, log_p.shape[2], 1)).squeeze(-1)
-    # The heads of a group share keys; at least one of them must look at the evidence.
-    evidence = -(mass_GRh.logsumexp(-1) - math.log(mass_GRh.shape[-1])).mean()
-    return out.transpose(0, 1).flatten(1, 2), evidence
+    return torch.cat([far + bias_RN.unsqueeze(1), near], -1).log_softmax(-1)
+
+
+def _outputs(p: Tensor, values_NGd: Tensor, v_RTGd: Tensor) -> Tensor:
+    """Attention output [R, H, d] of the answer rows from their attention [G, R, h, N + T]."""
+    N, (G, R, h, _) = len(values_NGd), p.shape
+    far = (p[..., :N].flatten(1, 2) @ values_NGd.transpose(0, 1)).view(G, R, h, -1)
+    return (far + torch.einsum("grht,rtgd->grhd", p[..., N:], v_RTGd)).transpose(0, 1).flatten(1, 2)
 
 
 def _prompt_rows(

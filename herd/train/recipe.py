@@ -19,49 +19,34 @@ class Model:
     expert_width: int
     lora_rank: int
     lora_scale: float = 1.0
-    start: str = ""  # a delta of an earlier run of this shape to go on from; "": the closed-form start
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step: questions over chunks; the number of chunks grows from the first to the last figure."""
+class Phase:
+    """Steps that train one part of the model: questions over chunks."""
 
-    questions: int
-    chunks: tuple[int, int]
-    rows: int = 512  # answer tokens trained in one step, at the most
-    text_rows: int = 0  # rows of plain text that keep the model's general ability
-    text_tokens: int = 192
-
-
-@dataclass(frozen=True)
-class Optimizer:
     steps: int
-    retrieval_steps: int  # first steps that train attention only, without the layers above
-    through_every: int  # afterwards, every n-th step also runs the layers above
+    questions: int
+    chunks: int
+    rows: int  # answer tokens trained in one step, at the most
+    dilute_to: int  # tokens of the longest context to be imitated (virtual dilution)
     lr: float
-    lora_lr: float
     warmup: int
     decay: float  # share of the steps, at the end, over which the rate falls to zero
-    weight_decay: float = 0.01
+    lora_lr: float = 0.0  # of low-rank updates
+    text: float = 0.0  # weight of plain language modelling
+    text_rows: int = 0  # rows of plain text that keep the model's general ability
+    text_tokens: int = 192
+    weight_decay: float = 0.0
     clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    evidence: float  # weight of -log(attention mass on the evidence)
-    text: float  # weight of plain language modelling
-    quiet: float  # weight of what the new local layer adds to the residual stream, relative to it
-    dilute_to: int  # tokens of the longest context to be imitated (virtual dilution)
-    dilute_answers_to: int  # the same in steps that train answers
 
 
 @dataclass(frozen=True)
 class Recipe:
     pool: PoolRecipe
     model: Model
-    batch: Batch
-    optimizer: Optimizer
-    loss: Loss
+    looking: Phase
+    answering: Phase
     checkpoint_every: int = 50
     seed: int = 0
 
@@ -72,7 +57,7 @@ def load_recipe(path: Path) -> Recipe:
         raw = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    tables = {"pool": PoolRecipe, "model": Model, "batch": Batch, "optimizer": Optimizer, "loss": Loss}
+    tables = {"pool": PoolRecipe, "model": Model, "looking": Phase, "answering": Phase}
     parts = {name: _table(kind, raw.pop(name, {}), f"{path} [{name}]") for name, kind in tables.items()}
     return _table(Recipe, {**raw, **parts}, str(path))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.checkpoint.cria.build import upcycle_base
@@ -20,13 +20,14 @@ from herd.errors import ConfigError
 from herd.model import Transformer
 from herd.prompt import Tokenizer
 from herd.train.batches import Batches
-from herd.train.construct import construct, erase, normed
+from herd.train.construct import Sample, construct, erase, normed, written_directions
+from herd.train.copying import start_copying
 from herd.train.grown import Grown
 from herd.train.loop import Loop
-from herd.train.recipe import Recipe, load_recipe
+from herd.train.recipe import Phase, Recipe, load_recipe
 
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of how many, figures
-_SAMPLE = 120_000  # tokens that the closed-form start looks at
+_SAMPLE = 240_000  # tokens that the closed-form starts look at
 
 
 def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -52,61 +53,70 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
             ("questions", pool.question_ids_M, pool.question_start_Q),
         )
     ]
+    weights, figures = _train(transformer, recipe, pool, states, run_dir, report)
+    make_delta(weights, init, run_dir / "delta.safetensors", scale=recipe.model.lora_scale)
+    return figures
+
+
+def _train(
+    transformer: Transformer, recipe: Recipe, pool: Pool, states: list[Tensor], run_dir: Path, report: Progress
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Both phases, each from its closed-form start. Returns all weights that differ, and the last step's figures."""
     (at,) = transformer.config.global_layers
-    layers, sample = transformer.blocks, states[0][:_SAMPLE]
-    ids = torch.from_numpy(pool.chunk_ids_N[:_SAMPLE].astype(np.int64))
-    construct(layers[at - 1], layers[at], sample, ids, transformer.lm_head.weight, states[1][0])
-    erase(layers[at - 1], layers[at], sample[: 32 * 1024])
-    earlier = _earlier(recipe)
-    _copy_into(transformer, {name: tensor for name, tensor in earlier.items() if "lora_" not in name})
+    local, top = transformer.blocks[at - 1], transformer.blocks[at]
+    sample, first_D = _sample(pool, states[0]), states[1][0]
+    construct(local, top, sample, first_D)
+    directions = written_directions(local)
     torch.manual_seed(recipe.seed)
-    grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample).mean(0))
-    _copy_into(transformer, earlier)
-    loop = Loop(recipe, grown.parameters, run_dir)
-    loop.resume()
-    batches = Batches(recipe, pool, *states)
-    last: dict[str, float] = {}
+    grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample.states_ND).mean(0))
+    batches, last = Batches(recipe, pool, *states), dict[str, float]()
 
-    def note(step: int, figures: dict[str, float]) -> None:
-        last.update(figures)
-        report("train", step, recipe.optimizer.steps, figures)
+    def hold(masters: dict[str, Tensor]) -> None:
+        """The new local layer writes where `erase` can take it away, and nowhere else."""
+        for part in ("self_attn.o_proj", "feed_forward.down_proj"):
+            master = masters[f"model.layers.{at - 1}.{part}.weight"]
+            master.copy_(directions @ (directions.T @ master))
 
-    weights = {"answer": 1.0, "evidence": recipe.loss.evidence, "text": recipe.loss.text, "quiet": recipe.loss.quiet}
-    o = recipe.optimizer
+    def note(name: str, phase: Phase) -> Callable[[int, dict[str, float]], None]:
+        def progress(step: int, figures: dict[str, float]) -> None:
+            last.update({"step": step, **figures})
+            report(name, step, phase.steps, figures)
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
-        through = step >= o.retrieval_steps and step % o.through_every == 0
-        return grown.losses(batches.draw(step, few=through), through=through)
+        return progress
 
-    loop.train(losses, weights, note)
-    weights_now = {name: master.bfloat16() for name, master in loop.masters.items()} | _fixed(grown)
-    make_delta(weights_now, init, run_dir / "delta.safetensors", scale=recipe.model.lora_scale)
-    return {"step": loop.step, **last}
+    looking = Loop(recipe.looking, grown.looking, run_dir / "looking", every=recipe.checkpoint_every, keep=hold)
+    looking.resume()
+    looking.train(
+        lambda step: grown.look(batches.draw(recipe.looking, step, looking=True)),
+        {"evidence": 1.0},
+        note("looking", recipe.looking),
+    )
+    if not (run_dir / "answering" / "checkpoint.pt").exists():
+        report("start of copying", 0, 1, {})
+        start_copying(local, top, sample, transformer.lm_head.weight, first_D)
+        erase(local, top, sample)
+    answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
+    answering.resume()
+    answering.train(
+        lambda step: grown.answer(batches.draw(recipe.answering, step, looking=False)),
+        {"answer": 1.0, "text": recipe.answering.text},
+        note("answering", recipe.answering),
+    )
+    trained = {name: master.bfloat16() for name, master in (looking.masters | answering.masters).items()}
+    return trained | _fixed(grown), last
 
 
-def _fixed(grown: Grown) -> dict[str, torch.Tensor]:
+def _sample(pool: Pool, states_ND: Tensor) -> Sample:
+    rows = max(1, int(np.searchsorted(pool.chunk_start_C, _SAMPLE, side="right")) - 1)
+    start = [int(s) for s in pool.chunk_start_C[: rows + 1]]
+    ids_N = torch.from_numpy(pool.chunk_ids_N[: start[-1]].astype(np.int64))
+    return Sample(states_ND[: start[-1]], ids_N, start)
+
+
+def _fixed(grown: Grown) -> dict[str, Tensor]:
     """The new local layer's queries and keys: set by construction, not trained, but part of what was grown."""
     attn, prefix = grown.local.self_attn, f"model.layers.{grown.at - 1}.self_attn."
     return {f"{prefix}{n}_proj.weight": getattr(attn, f"{n}_proj").weight.detach().bfloat16() for n in "qk"}
-
-
-def _earlier(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """What an earlier run has trained, by parameter name; nothing if the recipe names no delta to start from."""
-    if not recipe.model.start:
-        return {}
-    path = Path(recipe.model.start)
-    if not path.is_file():
-        raise ConfigError(f"the recipe starts from {path}, which is no file here")
-    return {name.replace(".weight.lora_", ".lora_"): tensor for name, tensor in load_file(path).items()}
-
-
-@torch.no_grad()
-def _copy_into(transformer: Transformer, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(transformer.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ConfigError(f"the delta to start from has {name} {list(tensor.shape)}, the recipe's model has not")
-        parameters[name].copy_(tensor)
 
 
 def _claim(recipe_path: Path, run_dir: Path, resume: bool) -> None:
@@ -130,7 +140,7 @@ def _pool(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer, report: Progress)
 
 def _states(
     transformer: Transformer, recipe: Recipe, run_dir: Path, report: Progress, name: str, ids: Any, start: Any
-) -> torch.Tensor:
+) -> Tensor:
     done = 0
 
     def progress(tokens: int) -> None:

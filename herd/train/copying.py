@@ -1,0 +1,76 @@
+"""A start for copying: values from which the token at a place can be told, and outputs that make the model say it.
+
+Values are linear in the state, and the output adds a direction to the residual stream that the unembedding, much
+later, should read as that token. Both maps are fitted together, as a bottleneck between a token's state and its
+unembedding. Groups are left out at random, so that each one alone says as much as it can.
+
+Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, D hidden, K values of all groups,
+G key/value heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from herd.model.transformer import Block
+from herd.train.construct import Sample, after, alone, constant, discriminant, distinct, normed
+
+_LOUDNESS = 4.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 4)
+_STEPS, _BATCH, _OTHERS, _RATE = 200, 2048, 4096, 3e-3
+_KEPT = 0.4  # share of groups that are left out
+
+
+def start_copying(local: Block, top: Block, sample: Sample, unembedding_VD: Tensor, first_D: Tensor) -> float:
+    """Set values and outputs of the global layer; returns the share of tokens told apart at the end.
+
+    first_D: state, below the local layer, of a question's first token: looks that find nothing go there, and it says
+    nothing.
+    """
+    attn = top.self_attn
+    G, d = attn.cfg.num_key_value_heads, attn.cfg.head_dim
+    x_ND = normed(after(local, sample))
+    code_KD, mean_D = discriminant(x_ND, sample.ids_N, G * d)
+    # Neighbouring directions tell about as much: deal them out to the groups.
+    code_KD = code_KD.unflatten(0, (d, G)).transpose(0, 1).flatten(0, 1)
+    code_KD = code_KD - torch.outer(code_KD @ mean_D, constant(x_ND))
+    say_VD = unembedding_VD.detach().float()
+    say_VD = say_VD - say_VD.mean(0)
+    code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
+    first_D = normed(alone(local, first_D))
+    code_KD = code_KD - torch.outer(code_KD @ first_D, distinct(x_ND, first_D))
+    size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
+    out_DK = out_DK * size * _LOUDNESS / (x_ND @ code_KD.T @ out_DK.T).pow(2).mean().sqrt()
+    group = attn.cfg.num_attention_heads // G
+    with torch.no_grad():
+        attn.v_proj.weight.copy_(code_KD)
+        per_head = out_DK.unflatten(1, (G, d)).repeat_interleave(group, 1) / group
+        attn.o_proj.weight.copy_(per_head.flatten(1))
+    return share
+
+
+def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -> tuple[Tensor, Tensor, float]:
+    """Train both maps to choose each token among those of the step and some others."""
+    generator = torch.Generator().manual_seed(0)
+    out_DK = torch.linalg.lstsq(say_VD[ids_N[:20000]].T @ say_VD[ids_N[:20000]] + torch.eye(say_VD.shape[1]),
+                                say_VD[ids_N[:20000]].T @ (x_ND[:20000] @ code_KD.T)).solution  # fmt: skip
+    weights = [nn.Parameter(w / w.norm(dim=0).mean()) for w in (code_KD, out_DK)]
+    sharpness = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.Adam([*weights, sharpness], lr=_RATE)
+    count_V = torch.bincount(ids_N, minlength=len(say_VD))
+    weight_N = (count_V.clamp(max=16) / count_V.clamp(min=1))[ids_N].double()
+    shares = []
+    for step in range(_STEPS):
+        at_B = torch.multinomial(weight_N, _BATCH, replacement=True, generator=generator)
+        others = torch.randint(len(say_VD), (_OTHERS,), generator=generator)
+        choice_W, target = torch.cat([ids_N[at_B], others]).unique(return_inverse=True)
+        draw = torch.rand(_BATCH, G, 1, generator=generator)
+        kept = draw >= draw.amax(1, keepdim=True).clamp(max=_KEPT)  # at least one of them
+        said = ((x_ND[at_B] @ weights[0].T).unflatten(1, (G, -1)) * kept).flatten(1)
+        said = nn.functional.normalize(said @ weights[1].T, dim=1) * (sharpness.exp() * 20)
+        logits_BW = (said.bfloat16() @ nn.functional.normalize(say_VD[choice_W], dim=1).T.bfloat16()).float()
+        loss = nn.functional.cross_entropy(logits_BW, target[:_BATCH])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = _RATE * min(1.0, 2 * (1 - step / _STEPS))
+        optimizer.step()
+        shares.append((logits_BW.detach().argmax(1) == target[:_BATCH]).float().mean().item())
+    return weights[0].detach(), weights[1].detach(), sum(shares[-20:]) / 20
