@@ -74,7 +74,9 @@ class Batches:
         """Beginnings of chunks: a text's first token is where looks that find nothing go, as in a question."""
         pool = self.pool
         picked = rng.choice(chunks, min(phase.text_rows, len(chunks)), replace=False)
-        starts = [int(s) for c in picked if (s := pool.chunk_start_C[c]) + phase.text_tokens <= pool.chunk_start_C[c + 1]]
+        starts = [
+            int(s) for c in picked if (s := pool.chunk_start_C[c]) + phase.text_tokens <= pool.chunk_start_C[c + 1]
+        ]
         if not starts:
             return torch.empty(0), torch.empty(0)
         spans = [slice(s, s + phase.text_tokens) for s in starts]

@@ -1,15 +1,16 @@
 """A closed-form start for looking: a global layer that finds what followed the same tokens before.
 
-The heads of the new local layer look 0 to 8 tokens back and write a code of each token they see into directions of the
+The heads of the new local layer look 0 to 8 tokens back and write a code of the token they see into directions of the
 residual stream that are little used. In each of three groups the token m back is turned by a fixed rotation, m - 1
-times, and shrunk, so that one sum holds them all; the groups differ in how many they hold. Keys read these sums;
-queries read them moved on by one token, so that a query matches the keys that follow the same tokens. All maps are
-fitted by ridge regression. What matches nothing looks at the row's own first token. Training starts from here.
+times, so that one sum holds them all; the groups differ in how many they hold. Keys read these sums; queries read them
+moved on by one token, so that a query matches the keys that follow the same tokens. All maps are fitted by ridge
+regression. What matches nothing looks at the row's own first token. Training starts from here.
 
 Shape suffixes: N tokens, C rows of text, D hidden, K directions written, H query heads, G key/value heads, d head_dim,
 T tokens of a row, V kinds of tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ from herd.model.transformer import Block
 
 LAGS = tuple(range(9))  # tokens back, one for each head
 _SEEN = (3, 5, 8)  # tokens that a key of each group holds
-_DECAY = 0.93  # weight of each further token
-_WRITE = 10.0  # size of a code in the residual stream, relative to that of one of its channels
+_DECAY = 0.95  # weight of each further token
+_WRITE = 8.0  # size of a code in the residual stream, relative to that of one of its channels
 _MATCH = 50.0  # logit of a full match
 _SINK = 0.5  # logit of a row's own first token, relative to that
 _SINK_KEY = 60.0  # length of that token's key: a long one needs little of the query
@@ -56,18 +57,21 @@ def construct(local: Block, top: Block, sample: Sample, first_D: Tensor) -> None
         norm.weight.fill_(1.0)
     codes_Nd, weight_N1 = _codes(x_ND, sample.ids_N, d)
     quiet_DK = torch.linalg.eigh(x_ND.T @ x_ND).eigenvectors[:, : (G + 1) * d]  # directions that carry the least
-    mix_GLdd = _mixing(G, d, generator)
+    mix_GHdd, step_GHdd = _mixing(G, d, generator)
     look_back(local.self_attn, constant(x_ND))
     local.self_attn.v_proj.weight.copy_(_regress(x_ND * weight_N1, codes_Nd * weight_N1).repeat(G, 1))
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
-    own_code = torch.cat([torch.eye(d), torch.zeros(d, (len(LAGS) - 1) * d)], 1)
-    into_KHd = torch.cat([torch.cat([torch.zeros(G, 1, d, d), mix_GLdd], 1).transpose(1, 2).reshape(G * d, -1), own_code])
+    own_dHd = torch.eye(d, cfg.num_attention_heads * d)  # the first head sees the token itself
+    into_KHd = torch.cat([mix_GHdd.transpose(1, 2).reshape(G * d, -1), own_dHd])
     local.self_attn.o_proj.weight.copy_(size * _WRITE * quiet_DK @ into_KHd)
     for linear in (local.feed_forward.gate_proj, local.feed_forward.up_proj):
         nn.init.normal_(linear.weight, std=D**-0.5, generator=generator)
     nn.init.zeros_(local.feed_forward.down_proj.weight)
     y_ND = normed(after(local, sample))
-    keys_NGd, queries_NGd = _targets(codes_Nd, sample, mix_GLdd)
+    longest = max(row.stop - row.start for row in sample.rows())
+    weights_HTT = fixed_weights(local.self_attn, x_ND.mean(0), longest)
+    keys_NGd = _sums(codes_Nd, sample, weights_HTT, mix_GHdd)
+    queries_NGd = _sums(codes_Nd, sample, weights_HTT, step_GHdd)
     scale = (_MATCH * d**0.5) ** 0.5
     keys_KD, queries_KD = (scale * _regress(y_ND, target.flatten(1)) for target in (keys_NGd, queries_NGd))
     keys_KD, queries_KD = _add_sink(keys_KD, queries_KD, y_ND, normed(alone(local, first_D)), G)
@@ -94,6 +98,19 @@ def look_back(attn: Attention, constant_D: Tensor) -> None:
         q_Hd[head, 0::2], q_Hd[head, 1::2] = size * torch.cos(angle), -size * torch.sin(angle)
     attn.q_proj.weight.copy_(torch.outer(q_Hd.flatten(), constant_D))
     attn.k_proj.weight.copy_(torch.outer(k_Gd.flatten(), constant_D))
+
+
+@torch.no_grad()
+def fixed_weights(attn: Attention, typical_D: Tensor, length: int) -> Tensor:
+    """Attention weights [H, T, T], in the model's type, of heads whose queries and keys never depend on the token."""
+    x_BTD = typical_D.to(attn.q_proj.weight.dtype).expand(1, length, -1)
+    positions_BT = torch.arange(length).unsqueeze(0)
+    q_HTd = attn.query(x_BTD, positions_BT)[0].transpose(0, 1).float()
+    k_GTd = attn.key_value(x_BTD, positions_BT)[0][0].transpose(0, 1).float()
+    k_HTd = k_GTd.repeat_interleave(len(q_HTd) // len(k_GTd), 0)
+    logits = q_HTd @ k_HTd.transpose(1, 2) / math.sqrt(q_HTd.shape[-1])
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return logits.masked_fill(later, -math.inf).softmax(-1).to(attn.q_proj.weight.dtype)
 
 
 def written_directions(local: Block) -> Tensor:
@@ -186,35 +203,31 @@ def _codes(x_ND: Tensor, ids_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return codes_Vd[kind_N], (count.clamp(max=16) / count).sqrt()[kind_N].unsqueeze(1)
 
 
-def _mixing(G: int, d: int, generator: torch.Generator) -> Tensor:
-    """How the code of the token m back enters the key of each group: rotations with weights [G, m - 1, d, d]."""
-    groups = []
-    for seen in _SEEN[:G]:
+def _mixing(G: int, d: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """How the heads' codes make up the keys of each group, and the queries one token earlier: each [G, H, d, d]."""
+    keys, queries = torch.zeros(G, len(LAGS), d, d), torch.zeros(G, len(LAGS), d, d)
+    for g, seen in enumerate(_SEEN[:G]):
         turn, begin = (torch.linalg.qr(torch.randn(d, d, generator=generator)).Q for _ in range(2))
-        weights = [_DECAY**m * (m < seen) for m in range(len(LAGS) - 1)]
-        parts = [w * torch.linalg.matrix_power(turn, m) @ begin for m, w in enumerate(weights)]
-        groups.append(torch.stack(parts) / sum(w * w for w in weights) ** 0.5)
-    return torch.stack(groups)
+        for back in range(seen):
+            keys[g, back + 1] = _DECAY**back * torch.linalg.matrix_power(turn, back) @ begin
+            queries[g, back] = keys[g, back + 1]
+        energy = sum(_DECAY ** (2 * back) for back in range(seen))
+        keys[g] /= energy**0.5
+        queries[g] /= energy**0.5
+    return keys, queries
 
 
-def _targets(codes_Nd: Tensor, sample: Sample, mix_GLdd: Tensor) -> tuple[Tensor, Tensor]:
-    """What keys and queries should hold, each [N, G, d]: a query that which the key of the next token holds."""
-    G, L, d, _ = mix_GLdd.shape
-    queries_NGd = torch.zeros(len(codes_Nd), G, d)
-    keys_NGd = torch.zeros_like(queries_NGd)
+def _sums(codes_Nd: Tensor, sample: Sample, weights_HTT: Tensor, mix_GHdd: Tensor) -> Tensor:
+    """What keys or queries should hold [N, G, d]: the mix of what the heads see of exact codes."""
+    parts = []
     for row in sample.rows():
-        turned_GLTd = torch.einsum("gled,td->glte", mix_GLdd, codes_Nd[row])
-        for back in range(L):
-            moved_GTd = turned_GLTd[:, back].roll(back, 1)
-            moved_GTd[:, :back] = turned_GLTd[:, back, :1]  # a row's first token stands for those before it
-            queries_NGd[row] += moved_GTd.transpose(0, 1)
-        keys_NGd[row] = torch.cat([queries_NGd[row][:1], queries_NGd[row][:-1]])
-    return keys_NGd, queries_NGd
+        codes_Td = codes_Nd[row]
+        seen_HTd = weights_HTT[:, : len(codes_Td), : len(codes_Td)].float() @ codes_Td
+        parts.append(torch.einsum("ghde,hte->tgd", mix_GHdd, seen_HTd))
+    return torch.cat(parts)
 
 
-def _add_sink(
-    keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, first_D: Tensor, G: int
-) -> tuple[Tensor, Tensor]:
+def _add_sink(keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, first_D: Tensor, G: int) -> tuple[Tensor, Tensor]:
     """Give a question's first token a key of its own, and every query a constant part that matches it.
 
     The key lies where other keys vary least, so that they match the constant part as little as possible.

@@ -16,7 +16,8 @@ from herd.train.construct import Sample, after, alone, constant, discriminant, d
 
 _LOUDNESS = 4.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 4)
 _STEPS, _BATCH, _OTHERS, _RATE = 200, 2048, 4096, 3e-3
-_KEPT = 0.4  # share of groups that are left out
+_SAMPLE = 20_000  # tokens that the outputs are fitted to before the first step
+_LEFT_OUT = 0.4  # share of groups
 
 
 def start_copying(local: Block, top: Block, sample: Sample, unembedding_VD: Tensor, first_D: Tensor) -> float:
@@ -50,8 +51,9 @@ def start_copying(local: Block, top: Block, sample: Sample, unembedding_VD: Tens
 def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -> tuple[Tensor, Tensor, float]:
     """Train both maps to choose each token among those of the step and some others."""
     generator = torch.Generator().manual_seed(0)
-    out_DK = torch.linalg.lstsq(say_VD[ids_N[:20000]].T @ say_VD[ids_N[:20000]] + torch.eye(say_VD.shape[1]),
-                                say_VD[ids_N[:20000]].T @ (x_ND[:20000] @ code_KD.T)).solution  # fmt: skip
+    said_ND = say_VD[ids_N[:_SAMPLE]]
+    gram_DD = said_ND.T @ said_ND + torch.eye(said_ND.shape[1])
+    out_DK = torch.linalg.solve(gram_DD, said_ND.T @ (x_ND[:_SAMPLE] @ code_KD.T))
     weights = [nn.Parameter(w / w.norm(dim=0).mean()) for w in (code_KD, out_DK)]
     sharpness = nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.Adam([*weights, sharpness], lr=_RATE)
@@ -63,7 +65,7 @@ def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -
         others = torch.randint(len(say_VD), (_OTHERS,), generator=generator)
         choice_W, target = torch.cat([ids_N[at_B], others]).unique(return_inverse=True)
         draw = torch.rand(_BATCH, G, 1, generator=generator)
-        kept = draw >= draw.amax(1, keepdim=True).clamp(max=_KEPT)  # at least one of them
+        kept = draw >= draw.amax(1, keepdim=True).clamp(max=_LEFT_OUT)  # at least one of them
         said = ((x_ND[at_B] @ weights[0].T).unflatten(1, (G, -1)) * kept).flatten(1)
         said = nn.functional.normalize(said @ weights[1].T, dim=1) * (sharpness.exp() * 20)
         logits_BW = (said.bfloat16() @ nn.functional.normalize(say_VD[choice_W], dim=1).T.bfloat16()).float()

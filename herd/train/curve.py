@@ -6,11 +6,12 @@ from pathlib import Path
 from herd.errors import ConfigError
 
 _WINDOW = 20  # steps; a single step is noise
-_LOSSES = ("answer", "evidence", "text", "quiet")
+_SHARES = ("mass", "correct")  # figures between 0 and 1; the other drawn ones are losses
+_LOSSES = ("evidence", "answer", "text")
 
 
 def draw(run_dir: Path) -> Path:
-    """Draw the terms of the loss and the share of correct tokens over the steps; returns RUN_DIR/curve.png.
+    """Draw losses and shares of both phases over the steps; returns RUN_DIR/curve.png.
 
     ConfigError if matplotlib is not installed, or the run has no metrics yet.
     """
@@ -19,19 +20,21 @@ def draw(run_dir: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("drawing a curve needs matplotlib; pip install 'herd-llm[train]'") from None
-    curves = read(run_dir / "metrics.jsonl")
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    loss, share = figure.subplots(1, 2)
-    for name in _LOSSES:
-        if name in curves:
-            loss.plot(*smoothed(curves[name]), label=name)
-    loss.set(xlabel="step", yscale="log", title=f"loss, mean of {_WINDOW} steps")
-    loss.legend()
-    if "correct" in curves:
-        share.plot(*smoothed(curves["correct"]))
-    share.set(xlabel="step", ylim=(0, 1), title="share of answer tokens predicted")
-    for axes in (loss, share):
-        axes.grid(alpha=0.3)
+    phases = [phase for phase in ("looking", "answering") if (run_dir / phase / "metrics.jsonl").exists()]
+    if not phases:
+        raise ConfigError(f"{run_dir} holds no steps; train first")
+    figure = Figure(figsize=(9, 3.6 * len(phases)), layout="constrained")
+    for phase, (loss, share) in zip(phases, figure.subplots(len(phases), 2, squeeze=False), strict=True):
+        curves = read(run_dir / phase / "metrics.jsonl")
+        for axes, names in ((loss, _LOSSES), (share, _SHARES)):
+            for name in names:
+                if name in curves:
+                    axes.plot(*smoothed(curves[name]), label=name)
+            axes.set(xlabel="step", title=f"{phase}, mean of {_WINDOW} steps")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        loss.set(yscale="log")
+        share.set(ylim=(0, 1))
     path = run_dir / "curve.png"
     figure.savefig(path, dpi=120)
     return path

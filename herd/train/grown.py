@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from herd.data.pool import NO_EVIDENCE
 from herd.kernels import merge_partials
 from herd.model import Transformer
-from herd.model.attention import Attention, causal_attention
+from herd.model.attention import causal_attention
+from herd.train.construct import fixed_weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Grown:
         layers = transformer.blocks
         self.local, self.top, self.above = layers[self.at - 1], layers[self.at], layers[self.at + 1 :]
         self.norm, self.lm_head = transformer.model.norm, transformer.lm_head
-        self._weights_HTT = _fixed_weights(self.local.self_attn, typical_D, self.chunk)
+        self._weights_HTT = fixed_weights(self.local.self_attn, typical_D, self.chunk)
         if rank:
             for block in self.above:
                 for part in (block.self_attn, block.feed_forward):
@@ -85,7 +86,7 @@ class Grown:
         self.answering |= {name: p for name, p in transformer.named_parameters() if "lora_" in name}
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss of looking: evidence, -log of the attention mass on it, mean of all heads. Needs `train(looking)`."""
+        """Losses of looking, means of all heads: evidence, -log of the attention mass on it, and idle (see `_idle`)."""
         q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
         log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
         known = batch.evidence_R != NO_EVIDENCE
@@ -94,7 +95,10 @@ class Grown:
         weight_R = 1.0 + batch.first_R[known]  # where a copy begins, or an absence shows, most is lost or won
         # Beyond the floor a look is lost: another one is worth more.
         evidence = -(mass_GRh.clamp(min=_LOST).mean((0, 2)) * weight_R).sum() / weight_R.sum()
-        return {"evidence": evidence, "mass": mass_GRh.detach().exp().mean()}
+        losses = {"evidence": evidence, "mass": mass_GRh.detach().exp().mean()}
+        if len(batch.text_BTD):
+            losses["idle"] = self._idle(batch)
+        return losses
 
     def answer(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of answering: answer tokens, and plain text without a context."""
@@ -145,13 +149,29 @@ class Grown:
             x_BTD = block(x_BTD, _positions(x_BTD), None)
         return x_BTD
 
+    def _idle(self, batch: Batch) -> Tensor:
+        """-log of the mass on the first token, in plain text, where the last two tokens have not stood before."""
+        _, q_BTHd, k_BTGd = self._in_text(batch)
+        T, G = k_BTGd.shape[1:3]
+        q_BGhTd = q_BTHd.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4) / math.sqrt(q_BTHd.shape[-1])
+        logits = (q_BGhTd.flatten(2, 3) @ k_BTGd.permute(0, 2, 3, 1)).float().unflatten(2, (-1, T))
+        log_p = logits.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).log_softmax(-1)
+        pair_BT = batch.text_ids_BT[:, 1:] + (batch.text_ids_BT[:, :-1] << 32)
+        seen_BTT = (pair_BT.unsqueeze(2) == pair_BT.unsqueeze(1)) & torch.ones(T - 1, T - 1, dtype=torch.bool).tril(-1)
+        new_BT = F.pad(~seen_BTT.any(2), (1, 0), value=False)
+        return -log_p[..., 0].clamp(min=_LOST).mean((1, 2))[new_BT].mean()
+
+    def _in_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """States, queries and keys of the rows of plain text."""
+        x_BTD, attn = self._local(batch.text_BTD), self.top.self_attn
+        normed_BTD = self.top.input_layernorm(x_BTD)
+        k_BTGd, _ = attn.key_value(normed_BTD, _positions(x_BTD))
+        return x_BTD, attn.query(normed_BTD, _positions(x_BTD)), k_BTGd
+
     def _text(self, batch: Batch) -> Tensor:
         """Cross-entropy of plain text without any context."""
         with torch.no_grad():
-            x_BTD = self._local(batch.text_BTD)
-            normed_BTD = self.top.input_layernorm(x_BTD)
-            q = self.top.self_attn.query(normed_BTD, _positions(x_BTD))
-            k, _ = self.top.self_attn.key_value(normed_BTD, _positions(x_BTD))
+            x_BTD, q, k = self._in_text(batch)
         x_BTD = self._finish(x_BTD, causal_attention(q, k, self._values(x_BTD), None))
         logits = self.lm_head(self.norm(x_BTD[:, :-1])).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.text_ids_BT[:, 1:].flatten())
@@ -208,16 +228,3 @@ def _prompt_rows(
         (near.transpose(1, 2).float(), near_lse.transpose(1, 2)),
     ]
     return merge_partials(parts)[0].to(q_QTHd.dtype)
-
-
-@torch.no_grad()
-def _fixed_weights(attn: Attention, typical_D: Tensor, chunk: int) -> Tensor:
-    """Attention weights [H, T, T], in the model's type, of heads whose queries and keys never depend on the token."""
-    x_BTD = typical_D.to(attn.q_proj.weight.dtype).expand(1, chunk, -1)
-    positions_BT = torch.arange(chunk).unsqueeze(0)
-    q_HTd = attn.query(x_BTD, positions_BT)[0].transpose(0, 1).float()
-    k_GTd = attn.key_value(x_BTD, positions_BT)[0][0].transpose(0, 1).float()
-    k_HTd = k_GTd.repeat_interleave(len(q_HTd) // len(k_GTd), 0)
-    logits = q_HTd @ k_HTd.transpose(1, 2) / math.sqrt(q_HTd.shape[-1])
-    later = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)
-    return logits.masked_fill(later, -math.inf).softmax(-1).to(attn.q_proj.weight.dtype)

@@ -34,8 +34,8 @@ class Phase:
     warmup: int
     decay: float  # share of the steps, at the end, over which the rate falls to zero
     lora_lr: float = 0.0  # of low-rank updates
-    text: float = 0.0  # weight of plain language modelling
-    text_rows: int = 0  # rows of plain text that keep the model's general ability
+    text: float = 0.0  # weight of the loss in plain text: of looking at nothing, or of language modelling
+    text_rows: int = 0  # rows of plain text, without a context
     text_tokens: int = 192
     weight_decay: float = 0.0
     clip: float = 1.0

@@ -195,8 +195,9 @@ def header_of(name: str, text: str, size: int = 2000) -> str:
 
 
 def test_a_python_header_names_the_methods_with_their_class() -> None:
-    members = "first in class Outer, second in class Outer, third in class Inner, fourth in class Outer,"
-    assert header_of("pkg/a.py", SOURCE) == f"# pkg/a.py:1 {members}"
+    owners = {"first": "Outer", "second": "Outer", "third": "Inner", "fourth": "Outer"}
+    members = "".join(f" method {name} in class {owner}," for name, owner in owners.items())
+    assert header_of("pkg/a.py", SOURCE) == f"# pkg/a.py:1{members}"
     assert header_of("pkg/a.txt", SOURCE) == "# pkg/a.txt:1"
 
 
@@ -217,7 +218,7 @@ def test_each_header_names_the_methods_of_its_own_chunk(body: str, end: str) -> 
 @pytest.mark.parametrize("broken", ["print 'two'\n", "def f(:\n", "x = '\x00'\n", "(" * 300 + "\n"])
 def test_methods_are_found_in_python_that_does_not_parse(broken: str) -> None:
     text = "class A:\n    def one(self): ...\n\ndef two(): ...\n" + broken
-    assert header_of("a.py", text) == "# a.py:1 one in class A,"
+    assert header_of("a.py", text) == "# a.py:1 method one in class A,"
 
 
 def test_methods_of_a_parsed_and_an_unparsed_file_agree_on_plain_code() -> None:

@@ -10,7 +10,7 @@ import pytest
 from herd.data import code, fact_templates, facts, phrasings, prose, words
 from herd.data.question import Question
 
-CHUNK = '''# http/client.py:120 putrequest in class HTTPConnection, close in class HTTPConnection
+CHUNK = '''# http/client.py:120 method putrequest in class HTTPConnection, method close in class HTTPConnection
 HTTP_PORT = 80
 _LIMIT: int = 65536  # bytes
 name = compute()
@@ -52,7 +52,7 @@ def test_code_questions_quote_the_chunk() -> None:
     assert ("constant", "auto_open = 1") in found
     assert ("parameters", "def putrequest(self, method, url,\n                   skip_host=False)") in found
     assert ("parameters", 'def close(self, flag="(", *args)') in found
-    assert ("class", "close in class HTTPConnection") in found
+    assert ("class", "method close in class HTTPConnection") in found
     assert any(family == "docstring" and answer.endswith("Send a request to the server.") for family, answer in found)
     assert not {"local_value", "name", "default_port"} & {question.key for question in asked}
 
@@ -78,7 +78,8 @@ def test_facts(split: str, family: str) -> None:
         assert fact.questions
         for question in fact.questions:
             check(question, text)
-            assert question.answer.endswith((".", question.value)) and "\n" not in fact.sentence
+            assert question.answer.endswith(question.copied) and fact.sentence.endswith(question.copied)
+            assert question.value in question.copied and "\n" not in fact.sentence
 
 
 @pytest.mark.parametrize("kind", facts.KINDS)

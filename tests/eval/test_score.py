@@ -8,30 +8,32 @@ from herd.data import code, facts
 from herd.data.question import Question
 from herd.eval import score
 
-FACT = Question("fact", "?", "The code of Ada is 481.", "481", "Ada: 481", "481", "The code of Ada")
+FACT = Question(
+    "fact", "?", "The code of Ada (code: 481).", " (code: 481).", "x Ada (code: 481).", "481", "The code of Ada"
+)
 CONSTANT = Question("constant", "?", "LIMIT: int = 5", "LIMIT: int = 5", "\nLIMIT: int = 5\n", "5", "LIMIT")
 PARAMETERS = Question("parameters", "?", "def f(a,\n      b=(1, 2))", "", "", "(a,\n      b=(1, 2))", "f")
-CLASS = Question("class", "?", "m in class C", "m in class C", " m in class C", "C", "m")
+CLASS = Question("class", "?", "method m in class C", "method m in class C", " method m in class C", "C", "m")
 DOC = Question("docstring", "?", 'def g(a):\n    """Do it.', "", "", "Do it.", "g")
 
 
 @pytest.mark.parametrize(
     ("question", "answer", "right"),
     [
-        (FACT, " The code of Ada is 481.\n", True),
-        (FACT, "It is 481", True),
-        (FACT, "The code of Ada is 4812.", False),
-        (FACT, "The code of Ada is 481 or 482.", False),
+        (FACT, " The code of Ada (code: 481).\n", True),
+        (FACT, "The code of Ada has the code: 481).", True),
+        (FACT, "It is 481).", False),
+        (FACT, "The code of Ada (code: 4812).", False),
+        (FACT, "The code of Ada (code: 481). Or 482.", False),
         (FACT, "The code of Ada is not in the context.", False),
         (CONSTANT, "LIMIT = 5", True),
-        (CONSTANT, "The value of LIMIT is 5.", True),
         (CONSTANT, "LIMIT = 50", False),
         (PARAMETERS, "def f(a, b=(1, 2))", True),
         (PARAMETERS, "f(a, b=(1, 2))", True),
         (PARAMETERS, "def f(a, b=1)", False),
         (PARAMETERS, "def other(a, b=(1, 2))", False),
-        (CLASS, "m in class C.", True),
-        (CLASS, "m in class Cat", False),
+        (CLASS, "method m in class C.", True),
+        (CLASS, "method m in class Cat", False),
         (DOC, 'def g(a): """Do it.', True),
         (DOC, 'def g(a): """Do it not.', False),
         (DOC.as_absent(), "g is not in the context.", True),

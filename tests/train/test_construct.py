@@ -1,6 +1,7 @@
 """The closed-form start finds repeated text at once, on states that are codes of tokens and noise."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,8 +9,19 @@ from torch import Tensor
 
 from herd.config import TextConfig
 from herd.model.transformer import Block
-from herd.train.construct import SHARP, construct, erase, look_back
-from herd.train.grown import _fixed_weights
+from herd.train import copying
+from herd.train.construct import (
+    LAGS,
+    Sample,
+    after,
+    construct,
+    erase,
+    fixed_weights,
+    look_back,
+    normed,
+    written_directions,
+)
+from herd.train.copying import start_copying
 
 VOCABULARY, DIM, HEAD, CODED = 200, 320, 64, 100
 CONFIG = TextConfig(
@@ -19,7 +31,7 @@ CONFIG = TextConfig(
     num_attention_heads=9,
     num_key_value_heads=3,
     head_dim=HEAD,
-    intermediate_size=200,
+    intermediate_size=256,
     intermediate_size_mlp=16,
     num_local_experts=2,
     num_experts_per_tok=1,
@@ -42,10 +54,11 @@ class World:
         self.codes[:, 0] = 4.0
         self.local, self.top = Block(CONFIG, 0), Block(CONFIG, 1)
         torch.nn.init.zeros_(self.local.feed_forward.down_proj.weight)
-        self.ids = torch.randint(VOCABULARY, (4096,))
-        self.sample = self.states(self.ids)
-        unembedding, first = torch.randn(VOCABULARY, DIM), self.states(torch.tensor([VOCABULARY]))[0]
-        construct(self.local, self.top, self.sample, self.ids, unembedding, first)
+        ids = torch.randint(VOCABULARY, (4096,))
+        self.sample = Sample(self.states(ids), ids, list(range(0, 4097, 1024)))
+        self.first = self.states(torch.tensor([VOCABULARY]))[0]
+        self.unembedding = torch.randn(VOCABULARY, DIM)
+        construct(self.local, self.top, self.sample, self.first)
 
     def states(self, ids: Tensor) -> Tensor:
         return self.codes[ids] + 0.03 * torch.randn(len(ids), DIM)
@@ -60,16 +73,30 @@ def world() -> World:
 @torch.no_grad()
 def test_a_repeated_run_finds_the_token_after_it(world: World) -> None:
     context = torch.randint(VOCABULARY, (600,), generator=torch.Generator().manual_seed(7))
-    for after in (100, 333, 590):
-        run = context[after - 7 : after]
+    for place in (100, 333, 590):
+        run = context[place - 8 : place]
         question = torch.cat([torch.tensor([VOCABULARY]), torch.randint(VOCABULARY, (12,)), run])
         keys, _ = key_value(world, context)
         own_keys, _ = key_value(world, question)
         query = world.top.self_attn.query(after_local(world, question), positions(question))[0, -1]
-        k = torch.cat([keys, own_keys]).repeat_interleave(3, 1)
-        mass_HN = (torch.einsum("hd,nhd->hn", query, k) / math.sqrt(HEAD)).softmax(-1)
-        assert (mass_HN[:6, after] > 0.5).all(), mass_HN[:, after]  # the two groups that match runs
-        assert (mass_HN[:6].argmax(-1) == after).all()
+        mass_HN = mass(query, torch.cat([keys, own_keys]))
+        assert (mass_HN[:, place] > 0.5).all(), mass_HN[:, place]
+        assert (mass_HN.argmax(-1) == place).all()
+
+
+@torch.no_grad()
+def test_what_matches_nothing_looks_at_the_first_token(world: World) -> None:
+    keys, _ = key_value(world, torch.randint(VOCABULARY, (600,), generator=torch.Generator().manual_seed(7)))
+    question = torch.cat([torch.tensor([VOCABULARY]), torch.arange(150, 170)])
+    own_keys, _ = key_value(world, question)
+    query = world.top.self_attn.query(after_local(world, question), positions(question))[0, -1]
+    mass_HN = mass(query, torch.cat([own_keys, keys]))
+    assert (mass_HN.argmax(-1) == 0).all() and mass_HN[:, 0].mean() > 0.5, mass_HN[:, 0]
+
+
+def mass(query_Hd: Tensor, key_NGd: Tensor) -> Tensor:
+    k_NHd = key_NGd.repeat_interleave(3, 1)
+    return (torch.einsum("hd,nhd->hn", query_Hd, k_NHd) / math.sqrt(HEAD)).softmax(-1)
 
 
 def positions(ids: Tensor) -> Tensor:
@@ -88,26 +115,49 @@ def key_value(world: World, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def test_look_back_heads_look_at_one_token(world: World) -> None:
-    attn, mean = world.local.self_attn, world.sample.mean(0)
+    attn, mean = world.local.self_attn, world.sample.states_ND.mean(0)
     constant = torch.zeros(DIM)
     constant[0] = 1.0
     look_back(attn, constant)
     typical = mean / mean.pow(2).mean().sqrt()
-    weights_HTT = _fixed_weights(attn, typical / typical[0], 128)
-    for head, offset in enumerate(SHARP):
+    weights_HTT = fixed_weights(attn, typical / typical[0], 128)
+    for head, offset in enumerate(LAGS):
         rows = torch.arange(offset, 128)
         looked_at = weights_HTT[head, rows, rows - offset]
         assert (looked_at > 0.9).all(), (head, looked_at.min())
 
 
 @torch.no_grad()
-def test_erase_takes_away_what_the_local_layer_writes() -> None:
-    world = World()
+def test_erase_takes_away_what_the_local_layer_writes(world: World) -> None:
+    world = deepcopy(world)
     ids = torch.randint(VOCABULARY, (1024,), generator=torch.Generator().manual_seed(3))
     x = world.states(ids).view(1, 1024, DIM)
     at = torch.arange(1024).unsqueeze(0)
-    erase(world.local, world.top, world.sample[:2048])
-    written = world.local.self_attn(world.local.input_layernorm(x), at, None)
+    erase(world.local, world.top, world.sample)
+    written = world.local(x, at, None) - x
     shared = world.top.feed_forward.shared_expert
     left = written + shared(world.top.post_attention_layernorm(x + written))
-    assert left.norm() < written.norm() / 5
+    assert left.norm() < written.norm() / 3
+
+
+def test_the_local_layer_writes_in_few_directions(world: World) -> None:
+    basis_DK = written_directions(world.local)
+    assert basis_DK.shape == (DIM, 4 * HEAD)
+    written_ND = after(world.local, world.sample) - world.sample.states_ND
+    torch.testing.assert_close(written_ND @ basis_DK @ basis_DK.T, written_ND, rtol=1e-3, atol=1e-2)
+
+
+def test_copied_tokens_are_told_apart_and_the_first_one_says_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "_STEPS", 60)
+    world = deepcopy(world)
+    assert start_copying(world.local, world.top, world.sample, world.unembedding, world.first) > 0.95
+    ids = torch.arange(VOCABULARY)
+    attn = world.top.self_attn
+    with torch.no_grad():
+        _, values_NGd = key_value(world, torch.cat([torch.tensor([VOCABULARY]), ids]))
+        said_ND = attn.o_proj(values_NGd.repeat_interleave(3, 1).flatten(1))
+    assert said_ND[0].norm() < said_ND[1:].norm(dim=1).mean() / 10
+    centred_VD = world.unembedding - world.unembedding.mean(0)
+    assert ((said_ND[1:] @ normed(centred_VD).T).argmax(1) == ids).float().mean() > 0.95

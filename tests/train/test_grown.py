@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,10 +50,9 @@ class Recording(KVCache):
 
 
 def upcycled_like(config: TextConfig = CONFIG) -> Transformer:
-    """The new local layer (below the global one) looks everywhere alike and has a silent FFN."""
+    """The new local layer (below the global one) looks everywhere alike."""
     model = build(config)
     torch.nn.init.zeros_(model.blocks[AT - 1].self_attn.q_proj.weight)
-    torch.nn.init.zeros_(model.blocks[AT - 1].feed_forward.down_proj.weight)
     return model
 
 
@@ -76,9 +76,10 @@ def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch
     token = torch.tensor([3, 4, 5, 6, 8])
     target = torch.stack([ids[2 + r][t + 1] for r, t in zip(row, token, strict=True)])
     evidence = torch.tensor([5, 20, NO_EVIDENCE, NULL_EVIDENCE, 26])
+    first = torch.tensor([True, False, False, True, False])
     chunks, questions, text = states(*ids[:2]), states(*ids[2:4]), states(ids[4])
     batch = Batch(
-        chunks, list(LENGTHS), questions, row, token, target, evidence, context_tokens, text, ids[4].unsqueeze(0)
+        chunks, list(LENGTHS), questions, row, token, target, evidence, first, context_tokens, text, ids[4].unsqueeze(0)
     )
     return batch, ids
 
@@ -113,7 +114,7 @@ def test_losses_are_those_of_the_models_own_forward(model: Transformer) -> None:
     assert len(low_rank) == 2 * 7
     for module in low_rank:
         torch.nn.init.normal_(module.lora_b, std=0.3)
-    losses = grown.losses(batch, through=True)
+    looking, losses = grown.look(batch), grown.answer(batch)
     plain = merged(model, trained)
     with torch.no_grad():
         logits, mass = own_forward(plain, ids)
@@ -122,19 +123,31 @@ def test_losses_are_those_of_the_models_own_forward(model: Transformer) -> None:
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(losses["answer"], cross_entropy(picked, batch.target_R), **close)
     torch.testing.assert_close(losses["correct"], (picked.argmax(-1) == batch.target_R).float().mean())
-    torch.testing.assert_close(losses["evidence"], evidence_loss(batch, mass), **close)
+    torch.testing.assert_close(looking["evidence"], evidence_loss(batch, mass), **close)
+    torch.testing.assert_close(looking["idle"], idle_loss(plain, batch.text_ids_BT), **close)
     torch.testing.assert_close(losses["text"], cross_entropy(text_logits[0, :-1], batch.text_ids_BT[0, 1:]), **close)
-    assert torch.equal(grown.losses(batch, through=False)["evidence"], losses["evidence"])
 
 
 def evidence_loss(batch: Batch, mass: torch.Tensor) -> torch.Tensor:
-    """-log of the mean mass, over the heads of a group, on the evidence or the row's own first token."""
-    terms = []
-    for row, token, place in zip(batch.row_R, batch.token_R, batch.evidence_R, strict=True):
+    """-log of the mass on the evidence or the row's own first token; rows where a copy begins count twice."""
+    terms, weights = [], []
+    for row, token, place, first in zip(batch.row_R, batch.token_R, batch.evidence_R, batch.first_R, strict=True):
         if place != NO_EVIDENCE:
-            on_evidence = mass[row, :, token, place if place >= 0 else sum(LENGTHS)]
-            terms.append(-on_evidence.unflatten(0, (2, 2)).mean(1).log())
-    return torch.stack(terms).mean()
+            terms.append(-mass[row, :, token, place if place >= 0 else sum(LENGTHS)].log().mean())
+            weights.append(1.0 + first)
+    weight = torch.tensor(weights)
+    return (torch.stack(terms) * weight).sum() / weight.sum()
+
+
+def idle_loss(model: Transformer, ids_BT: torch.Tensor) -> torch.Tensor:
+    """-log of the mass on the first token, for tokens of one row whose last pair has not stood before in it."""
+    cache = Recording(CONFIG)
+    with torch.no_grad():
+        model(ids_BT, None, cache)
+    ids = ids_BT[0].tolist()
+    pairs = list(pairwise(ids))
+    new = [t for t in range(1, len(ids)) if pairs[t - 1] not in pairs[: t - 1]]
+    return -cache.mass[0, :, new, 0].log().mean()
 
 
 def test_dilution_repeats_the_distractors() -> None:
@@ -143,7 +156,7 @@ def test_dilution_repeats_the_distractors() -> None:
     batch, ids = world(model, context_tokens=3 * sum(LENGTHS))
     with torch.no_grad():
         _, mass = own_forward(model, ids)
-        evidence = Grown(model, 0, 1.0, torch.randn(32)).losses(batch, through=False)["evidence"]
+        evidence = Grown(model, 0, 1.0, torch.randn(32)).look(batch)["evidence"]
     diluted = mass.clone()
     for row, token, place in zip(batch.row_R, batch.token_R, batch.evidence_R, strict=True):
         weight = torch.ones(mass.shape[-1])
@@ -155,20 +168,27 @@ def test_dilution_repeats_the_distractors() -> None:
     torch.testing.assert_close(evidence, evidence_loss(batch, diluted), rtol=1e-4, atol=1e-5)
 
 
-def test_only_what_has_grown_is_trained(model: Transformer) -> None:
+def test_each_phase_trains_what_is_its_own(model: Transformer) -> None:
     batch, _ = world(model)
     grown = Grown(model, 3, 0.5, torch.randn(32))
-    losses = grown.losses(batch, through=True)
-    sum(losses[name] for name in ("answer", "evidence", "text", "quiet")).backward()
-    local = f"model.layers.{AT - 1}."
-    for name, parameter in model.named_parameters():
-        trained = (
-            name.startswith(f"model.layers.{AT}.")
-            or "lora_" in name
-            or name in {f"{local}{part}.weight" for part in ("self_attn.v_proj", "self_attn.o_proj", "input_layernorm")}
-        )
-        assert (name in grown.parameters) == trained == parameter.requires_grad, name
-        assert (parameter.grad is not None) == trained, name
+    own, top = f"model.layers.{AT - 1}.", f"model.layers.{AT}."
+    looks = {f"{own}self_attn.{part}_proj.weight" for part in "vo"}
+    looks |= {f"{own}feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")}
+    looks |= {f"{own}{part}_layernorm.weight" for part in ("input", "post_attention")}
+    looks |= {f"{top}self_attn.{part}_proj.weight" for part in "qk"} | {f"{top}input_layernorm.weight"}
+    assert grown.looking.keys() == looks
+    names = {name for name, _ in model.named_parameters()}
+    above = {name for name in names if name.startswith(top) or "lora_" in name}
+    assert grown.answering.keys() == above - looks
+    for parameters, losses in ((grown.looking, grown.look), (grown.answering, grown.answer)):
+        model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        terms = losses(batch)
+        sum(terms[name] for name in ("evidence", "answer", "text") if name in terms).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == (name in parameters), name
+            parameter.grad = None
 
 
 def test_low_rank_equals_merged_weights() -> None:

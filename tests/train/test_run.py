@@ -1,5 +1,7 @@
 """A whole run on a tiny model: from files to a delta that fits, also when it was interrupted."""
 
+import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -34,26 +36,28 @@ chunk = 1024
 experts = 2
 expert_width = 16
 lora_rank = 2
-[batch]
+[looking]
+steps = 4
 questions = 4
-chunks = [2, 3]
+chunks = 3
 rows = 60
-text_rows = 1
-text_tokens = 16
-[optimizer]
+dilute_to = 10000
+lr = 1e-3
+warmup = 2
+decay = 0.5
+[answering]
 steps = 5
-retrieval_steps = 2
-through_every = 1
+questions = 4
+chunks = 2
+rows = 60
+dilute_to = 4000
 lr = 1e-3
 lora_lr = 1e-3
 warmup = 2
 decay = 0.5
-[loss]
-evidence = 1.0
 text = 0.5
-quiet = 0.1
-dilute_to = 10000
-dilute_answers_to = 4000
+text_rows = 1
+text_tokens = 16
 """
 
 
@@ -77,18 +81,25 @@ def test_a_run_leaves_a_delta_and_survives_an_interruption(recipe: Path, tmp_pat
     stages: list[str] = []
     figures = run_recipe(recipe, whole, progress=lambda stage, *_: stages.append(stage))
     assert figures["step"] == 5 and figures["answer"] > 0
-    assert list(dict.fromkeys(stages)) == ["pool", "hidden states of chunks", "hidden states of questions", "train"]
+    made = ["pool", "hidden states of chunks", "hidden states of questions"]
+    assert list(dict.fromkeys(stages)) == [*made, "looking", "start of copying", "answering"]
 
-    def interrupt(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-        if stage == "train" and done == 3:
-            raise KeyboardInterrupt
+    def interrupt(during: str) -> Callable[[str, int, int, dict[str, float]], None]:
+        def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if stage == during and done == 3:
+                raise KeyboardInterrupt
+
+        return progress
 
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, cut, progress=interrupt)
+        run_recipe(recipe, cut, progress=interrupt("looking"))
     with pytest.raises(ConfigError, match="--resume"):
         run_recipe(recipe, cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, cut, resume=True, progress=interrupt("answering"))
     run_recipe(recipe, cut, resume=True)
-    assert steps_of(cut) == [1, 2, 3, 4, 5]
+    assert steps_of(cut / "looking") == [1, 2, 3, 4]
+    assert steps_of(cut / "answering") == [1, 2, 3, 4, 5]
     ours, theirs = (load_file(folder / "delta.safetensors") for folder in (cut, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -111,8 +122,10 @@ def test_a_curve_is_drawn_from_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ConfigError, match="holds no steps"):
         curve.draw(tmp_path)
-    lines = ['{"step": 1, "evidence": 2.0}', '{"step": 2, "evidence": 1.0, "answer": 3.0, "correct": 0.5}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert curve.read(tmp_path / "metrics.jsonl")["answer"] == [(2, 3.0)]
+    for phase, line in (("looking", {"evidence": 2.0, "mass": 0.3}), ("answering", {"answer": 3.0, "correct": 0.5})):
+        (tmp_path / phase).mkdir()
+        lines = [json.dumps({"step": step, **line}) for step in (1, 2)]
+        (tmp_path / phase / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert curve.read(tmp_path / "answering" / "metrics.jsonl")["answer"] == [(1, 3.0), (2, 3.0)]
     assert curve.smoothed([(1, 2.0), (2, 1.0)]) == ([1, 2], [2.0, 1.5])
     assert curve.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
