@@ -1,8 +1,9 @@
 """A start for copying: values from which the token at a place can be told, and outputs that make the model say it.
 
-Values are linear in the state, and the output adds a direction to the residual stream that the unembedding, much
-later, should read as that token. Both maps are fitted together, as a bottleneck between a token's state and its
-unembedding. Groups are left out at random, so that each one alone says as much as it can.
+Values are linear in the state, and the output adds a direction to the residual stream so large that what the layers
+above add hardly matters: the final norm and the unembedding read it as that token. Both maps are fitted together, as a
+bottleneck between a token's state and that readout. Groups are left out at random, so that each one alone says as much
+as it can.
 
 Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, D hidden, K values of all groups,
 G key/value heads.
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from herd.model.transformer import Block
 from herd.train.construct import Sample, after, alone, constant, discriminant, distinct, normed
 
-_LOUDNESS = 4.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 4)
+_LOUDNESS = 20.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
 _STEPS, _BATCH, _OTHERS, _RATE = 200, 2048, 4096, 3e-3
 _SAMPLE = 20_000  # tokens that the outputs are fitted to before the first step
 _LEFT_OUT = 0.4  # share of groups
 
 
-def start_copying(local: Block, top: Block, sample: Sample, unembedding_VD: Tensor, first_D: Tensor) -> float:
+def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, first_D: Tensor) -> float:
     """Set values and outputs of the global layer; returns the share of tokens told apart at the end.
 
-    first_D: state, below the local layer, of a question's first token: looks that find nothing go there, and it says
+    readout_VD: the unembedding times the weight of the final norm. first_D: state, below the local layer, of a question's first token: looks that find nothing go there, and it says
     nothing.
     """
     attn = top.self_attn
@@ -33,7 +34,7 @@ def start_copying(local: Block, top: Block, sample: Sample, unembedding_VD: Tens
     # Neighbouring directions tell about as much: deal them out to the groups.
     code_KD = code_KD.unflatten(0, (d, G)).transpose(0, 1).flatten(0, 1)
     code_KD = code_KD - torch.outer(code_KD @ mean_D, constant(x_ND))
-    say_VD = unembedding_VD.detach().float()
+    say_VD = readout_VD.detach().float()
     say_VD = say_VD - say_VD.mean(0)
     code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
     first_D = normed(alone(local, first_D))
@@ -55,8 +56,7 @@ def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -
     gram_DD = said_ND.T @ said_ND + torch.eye(said_ND.shape[1])
     out_DK = torch.linalg.solve(gram_DD, said_ND.T @ (x_ND[:_SAMPLE] @ code_KD.T))
     weights = [nn.Parameter(w / w.norm(dim=0).mean()) for w in (code_KD, out_DK)]
-    sharpness = nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.Adam([*weights, sharpness], lr=_RATE)
+    optimizer = torch.optim.Adam(weights, lr=_RATE)
     count_V = torch.bincount(ids_N, minlength=len(say_VD))
     weight_N = (count_V.clamp(max=16) / count_V.clamp(min=1))[ids_N].double()
     shares = []
@@ -67,8 +67,8 @@ def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -
         draw = torch.rand(_BATCH, G, 1, generator=generator)
         kept = draw >= draw.amax(1, keepdim=True).clamp(max=_LEFT_OUT)  # at least one of them
         said = ((x_ND[at_B] @ weights[0].T).unflatten(1, (G, -1)) * kept).flatten(1)
-        said = nn.functional.normalize(said @ weights[1].T, dim=1) * (sharpness.exp() * 20)
-        logits_BW = (said.bfloat16() @ nn.functional.normalize(say_VD[choice_W], dim=1).T.bfloat16()).float()
+        said = nn.functional.rms_norm(said @ weights[1].T, (say_VD.shape[1],))
+        logits_BW = (said.bfloat16() @ say_VD[choice_W].T.bfloat16()).float()
         loss = nn.functional.cross_entropy(logits_BW, target[:_BATCH])
         optimizer.zero_grad()
         loss.backward()

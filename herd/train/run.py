@@ -93,7 +93,8 @@ def _train(
     )
     if not (run_dir / "answering" / "checkpoint.pt").exists():
         report("start of copying", 0, 1, {})
-        start_copying(local, top, sample, transformer.lm_head.weight, first_D)
+        readout_VD = transformer.lm_head.weight * transformer.model.norm.weight
+        start_copying(local, top, sample, readout_VD, first_D)
         erase(local, top, sample)
     answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
     answering.resume()
