@@ -24,8 +24,8 @@ _LEFT_OUT = 0.4  # share of groups
 def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, first_D: Tensor) -> float:
     """Set values and outputs of the global layer; returns the share of tokens told apart at the end.
 
-    readout_VD: the unembedding times the weight of the final norm. first_D: state, below the local layer, of a question's first token: looks that find nothing go there, and it says
-    nothing.
+    readout_VD: the unembedding times the weight of the final norm. first_D: state, below the local layer, of a
+    question's first token: looks that find nothing go there, and it says nothing.
     """
     attn = top.self_attn
     G, d = attn.cfg.num_key_value_heads, attn.cfg.head_dim
