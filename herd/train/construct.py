@@ -164,10 +164,10 @@ def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
-def distinct(x_ND: Tensor, only_D: Tensor) -> Tensor:
-    """The direction [D] that gives 1 for one state and as little as possible for all others."""
-    found_D = torch.linalg.solve(x_ND.T @ x_ND / len(x_ND) + 1e-3 * torch.eye(len(only_D)), only_D)
-    return found_D / (found_D @ only_D)
+def distinct(x_ND: Tensor, only_KD: Tensor) -> Tensor:
+    """Directions [K, D] that each give 1 for one of K states, 0 for the others, and little for all of x."""
+    found_DK = torch.linalg.solve(x_ND.T @ x_ND / len(x_ND) + 1e-3 * torch.eye(x_ND.shape[1]), only_KD.T)
+    return torch.linalg.solve(found_DK.T @ only_KD.T, found_DK.T)
 
 
 def discriminant(x_ND: Tensor, ids_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def _add_sink(keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, first_D: Tensor
     across_KK = torch.eye(G * d) - torch.block_diag(*(torch.outer(e, e) for e in least))
     sink_K = _SINK_KEY * torch.cat(least)
     keys_KD = across_KK @ keys_KD
-    keys_KD = keys_KD + torch.outer(sink_K - keys_KD @ first_D, distinct(y_ND, first_D))
+    keys_KD = keys_KD + torch.outer(sink_K - keys_KD @ first_D, distinct(y_ND, first_D.unsqueeze(0))[0])
     share = _SINK * _MATCH * d**0.5 / _SINK_KEY**2
     return keys_KD, across_KK @ queries_KD + share * torch.outer(sink_K, constant(y_ND))
 

@@ -1,12 +1,12 @@
 """A start for copying: values from which the token at a place can be told, and outputs that make the model say it.
 
-Values are linear in the state, and the output adds a direction to the residual stream so large that what the layers
-above add hardly matters: the final norm and the unembedding read it as that token. Both maps are fitted together, as a
+Values are linear in the state, and the output adds a direction to the residual stream that the final norm and the
+unembedding read as that token, so large that the layers above mostly let it through. Both maps are fitted together, as a
 bottleneck between a token's state and that readout. Groups are left out at random, so that each one alone says as much
 as it can.
 
 Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, D hidden, K values of all groups,
-G key/value heads.
+G key/value heads, C rows of text, F directions.
 """
 
 import torch
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from herd.model.transformer import Block
 from herd.train.construct import Sample, after, alone, constant, discriminant, distinct, normed
 
-_LOUDNESS = 20.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
+_LOUDNESS = 12.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
 _STEPS, _BATCH, _OTHERS, _RATE = 200, 2048, 4096, 3e-3
 _SAMPLE = 20_000  # tokens that the outputs are fitted to before the first step
 _LEFT_OUT = 0.4  # share of groups
+_FIRSTS = 8  # directions that hold the states of rows' first tokens
 
 
 def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, first_D: Tensor) -> float:
     """Set values and outputs of the global layer; returns the share of tokens told apart at the end.
 
     readout_VD: the unembedding times the weight of the final norm. first_D: state, below the local layer, of a
-    question's first token: looks that find nothing go there, and it says nothing.
+    question's first token. Looks that find nothing go to the first token of their row, and it says nothing.
     """
     attn = top.self_attn
     G, d = attn.cfg.num_key_value_heads, attn.cfg.head_dim
@@ -37,8 +38,9 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, 
     say_VD = readout_VD.detach().float()
     say_VD = say_VD - say_VD.mean(0)
     code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
-    first_D = normed(alone(local, first_D))
-    code_KD = code_KD - torch.outer(code_KD @ first_D, distinct(x_ND, first_D))
+    code_KD = _silence(
+        code_KD, x_ND, torch.cat([x_ND[sample.start_C[:-1]], normed(alone(local, first_D)).unsqueeze(0)])
+    )
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
     out_DK = out_DK * size * _LOUDNESS / (x_ND @ code_KD.T @ out_DK.T).pow(2).mean().sqrt()
     group = attn.cfg.num_attention_heads // G
@@ -47,6 +49,12 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, 
         per_head = out_DK.unflatten(1, (G, d)).repeat_interleave(group, 1) / group
         attn.o_proj.weight.copy_(per_head.flatten(1))
     return share
+
+
+def _silence(code_KD: Tensor, x_ND: Tensor, first_CD: Tensor) -> Tensor:
+    """The code made zero for the first tokens of rows, whose states are much alike and unlike all others."""
+    typical_FD = torch.linalg.svd(first_CD, full_matrices=False).Vh[:_FIRSTS]
+    return code_KD - code_KD @ typical_FD.T @ distinct(x_ND, typical_FD)
 
 
 def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -> tuple[Tensor, Tensor, float]:
