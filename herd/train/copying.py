@@ -1,9 +1,9 @@
 """A start for copying: values from which the token at a place can be told, and outputs that make the model say it.
 
 Values are linear in the state, and the output adds a direction to the residual stream that the final norm and the
-unembedding read as that token, so large that the layers above mostly let it through. Both maps are fitted together, as a
-bottleneck between a token's state and that readout. Groups are left out at random, so that each one alone says as much
-as it can.
+unembedding read as that token, so large that the layers above mostly let it through. Both maps are fitted together, as
+a bottleneck between a token's state and that readout. Groups are left out at random, so that each one alone says as
+much as it can.
 
 Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, D hidden, K values of all groups,
 G key/value heads, C rows of text, F directions.
