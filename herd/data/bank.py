@@ -67,6 +67,6 @@ def _fill(
         states[start[r] : start[r + 1]] = x_TD[: start[r + 1] - start[r]].view(torch.int16).numpy()
 
 
-def pad(rows: list[Tensor]) -> Tensor:
-    """Stack rows of unequal length, zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+def pad(rows: list[Tensor], value: int = 0) -> Tensor:
+    """Stack rows of unequal length, filled up on the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

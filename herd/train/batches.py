@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Batches:
         self._about = [order[a:b] for a, b in pairwise(bounds)]  # [0]: absent questions
 
     def draw(self, phase: Phase, step: int, *, looking: bool) -> Batch:
-        """The batch of one step; `looking`: only rows whose evidence is known."""
+        """The batch of one step; `looking`: mostly rows whose evidence is known."""
         pool = self.pool
         rng = np.random.default_rng((self.recipe.seed, looking, step))
         chunks = rng.choice(self._count, min(phase.chunks, self._count), replace=False)
@@ -47,7 +48,9 @@ class Batches:
         return Batch(
             chunk_CTD=pad([_row(self.chunk_states, pool.chunk_start_C, c) for c in chunks]),
             chunk_lengths=lengths,
+            chunk_ids_N=_long([_row(pool.chunk_ids_N, pool.chunk_start_C, c) for c in chunks]),
             question_QTD=pad([_row(self.question_states, pool.question_start_Q, q) for q in questions]),
+            question_ids_QT=pad([_long([_row(pool.question_ids_M, pool.question_start_Q, q)]) for q in questions], -1),
             row_R=_long(rows)[kept],
             token_R=_long(tokens)[kept],
             target_R=_long(targets)[kept],
@@ -84,17 +87,23 @@ class Batches:
         return states, torch.stack([torch.from_numpy(pool.chunk_ids_N[span].astype(np.int64)) for span in spans])
 
 
-def _row(states: Tensor, start: np.ndarray, i: int) -> Tensor:
-    return states[int(start[i]) : int(start[i + 1])]
+def _row(flat: Any, start: np.ndarray, i: int) -> Any:
+    return flat[int(start[i]) : int(start[i + 1])]
 
 
-def _thin(evidence_R: np.ndarray, first_R: np.ndarray, most: int, rng: np.random.Generator, known: bool) -> Tensor:
-    """Which answer rows are trained: first those where a copy begins or an absence shows, then others up to `most`."""
+def _thin(evidence_R: np.ndarray, first_R: np.ndarray, most: int, rng: np.random.Generator, looking: bool) -> Tensor:
+    """Which answer rows are trained: first those where a copy begins or an absence shows, then others up to `most`.
+
+    For looking, up to a third as many rows without evidence come on top.
+    """
     priority = rng.random(len(evidence_R)) + first_R
-    if known:
-        most = min(most, int((evidence_R != NO_EVIDENCE).sum()))
-        priority -= 2.0 * (evidence_R == NO_EVIDENCE)
-    return torch.from_numpy(np.sort(np.argsort(-priority, kind="stable")[:most]))
+    order = np.argsort(-priority, kind="stable")
+    if looking:
+        known = evidence_R[order] != NO_EVIDENCE
+        order = np.concatenate([order[known][:most], order[~known][: most // 3]])
+    else:
+        order = order[:most]
+    return torch.from_numpy(np.sort(order))
 
 
 def _long(parts: list[np.ndarray]) -> Tensor:

@@ -27,7 +27,9 @@ class Batch:
 
     chunk_CTD: Tensor  # hidden states of chunks, padded right
     chunk_lengths: list[int]
+    chunk_ids_N: Tensor  # token ids of the context
     question_QTD: Tensor
+    question_ids_QT: Tensor  # padded with -1
     row_R: Tensor  # question of each answer row
     token_R: Tensor  # and its place in the question
     target_R: Tensor  # id of the token that follows
@@ -86,7 +88,11 @@ class Grown:
         self.answering |= {name: p for name, p in transformer.named_parameters() if "lora_" in name}
 
     def look(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of looking, means of all heads: evidence, -log of the attention mass on it, and idle (see `_idle`)."""
+        """Losses of looking, means over all heads of -log of attention mass.
+
+        evidence: the mass on it. echo: in rows without evidence, the mass on tokens that are what comes next anyway, or
+        on the row's own first token. idle: see `_idle`.
+        """
         q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
         log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
         known = batch.evidence_R != NO_EVIDENCE
@@ -96,6 +102,8 @@ class Grown:
         # Beyond the floor a look is lost: another one is worth more.
         evidence = -(mass_GRh.clamp(min=_LOST).mean((0, 2)) * weight_R).sum() / weight_R.sum()
         losses = {"evidence": evidence, "mass": mass_GRh.detach().exp().mean()}
+        if not known.all():
+            losses["echo"] = -_harmless(log_p[:, ~known], batch, ~known).clamp(min=_LOST).mean()
         if len(batch.text_BTD):
             losses["idle"] = self._idle(batch)
         return losses
@@ -176,6 +184,15 @@ class Grown:
 
 def _positions(x_BTD: Tensor) -> Tensor:
     return torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[:2])
+
+
+def _harmless(log_p: Tensor, batch: Batch, rows_R: Tensor) -> Tensor:
+    """Log of the mass [G, R, h] on tokens that equal the next one, anywhere, and on the row's own first token."""
+    target_R1 = batch.target_R[rows_R].unsqueeze(1)
+    own_RT = batch.question_ids_QT[batch.row_R[rows_R]] == target_R1
+    own_RT[:, 0] = True
+    same_RN = torch.cat([batch.chunk_ids_N == target_R1, own_RT], 1)
+    return log_p.masked_fill(~same_RN.unsqueeze(1), -math.inf).logsumexp(-1)
 
 
 def _heads(log_p: Tensor, place_R: Tensor) -> tuple[int, int, int]:

@@ -88,7 +88,7 @@ def _train(
     looking.resume()
     looking.train(
         lambda step: grown.look(batches.draw(recipe.looking, step, looking=True)),
-        {"evidence": 1.0, "idle": recipe.looking.text},
+        {"evidence": 1.0, "echo": 0.5, "idle": recipe.looking.text},
         note("looking", recipe.looking),
     )
     if not (run_dir / "answering" / "checkpoint.pt").exists():

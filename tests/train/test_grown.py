@@ -77,8 +77,21 @@ def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch
     evidence = torch.tensor([5, 20, NO_EVIDENCE, NULL_EVIDENCE, 26])
     first = torch.tensor([True, False, False, True, False])
     chunks, questions, text = states(*ids[:2]), states(*ids[2:4]), states(ids[4])
+    question_ids = torch.nn.utils.rnn.pad_sequence(ids[2:4], batch_first=True, padding_value=-1)
     batch = Batch(
-        chunks, list(LENGTHS), questions, row, token, target, evidence, first, context_tokens, text, ids[4].unsqueeze(0)
+        chunk_CTD=chunks,
+        chunk_lengths=list(LENGTHS),
+        chunk_ids_N=torch.cat(ids[:2]),
+        question_QTD=questions,
+        question_ids_QT=question_ids,
+        row_R=row,
+        token_R=token,
+        target_R=target,
+        evidence_R=evidence,
+        first_R=first,
+        context_tokens=context_tokens,
+        text_BTD=text,
+        text_ids_BT=ids[4].unsqueeze(0),
     )
     return batch, ids
 
@@ -123,6 +136,7 @@ def test_losses_are_those_of_the_models_own_forward(model: Transformer) -> None:
     torch.testing.assert_close(losses["answer"], cross_entropy(picked, batch.target_R), **close)
     torch.testing.assert_close(losses["correct"], (picked.argmax(-1) == batch.target_R).float().mean())
     torch.testing.assert_close(looking["evidence"], evidence_loss(batch, mass), **close)
+    torch.testing.assert_close(looking["echo"], echo_loss(batch, ids, mass), **close)
     torch.testing.assert_close(looking["idle"], idle_loss(plain, batch.text_ids_BT), **close)
     torch.testing.assert_close(losses["text"], cross_entropy(text_logits[0, :-1], batch.text_ids_BT[0, 1:]), **close)
 
@@ -136,6 +150,17 @@ def evidence_loss(batch: Batch, mass: torch.Tensor) -> torch.Tensor:
             weights.append(1.0 + first)
     weight = torch.tensor(weights)
     return (torch.stack(terms) * weight).sum() / weight.sum()
+
+
+def echo_loss(batch: Batch, ids: list[torch.Tensor], mass: torch.Tensor) -> torch.Tensor:
+    """-log of the mass on tokens that equal the next one and on the row's first token, where there is no evidence."""
+    terms = []
+    for row, token, target, place in zip(batch.row_R, batch.token_R, batch.target_R, batch.evidence_R, strict=True):
+        if place == NO_EVIDENCE:
+            helps = torch.cat([*ids[:2], ids[2 + row]]) == target
+            helps[sum(LENGTHS)] = True
+            terms.append(-mass[row, :, token, : len(helps)][:, helps].sum(-1).log().mean())
+    return torch.stack(terms).mean()
 
 
 def idle_loss(model: Transformer, ids_BT: torch.Tensor) -> torch.Tensor:
