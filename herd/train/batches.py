@@ -10,7 +10,7 @@ from torch import Tensor
 
 from herd.data.bank import pad
 from herd.data.pool import NO_EVIDENCE, Pool
-from herd.train.grown import Batch
+from herd.train.grown import NOTHING, Batch
 from herd.train.recipe import Phase, Recipe
 
 
@@ -25,7 +25,7 @@ class Batches:
         self._about = [order[a:b] for a, b in pairwise(bounds)]  # [0]: absent questions
 
     def draw(self, phase: Phase, step: int, *, looking: bool) -> Batch:
-        """The batch of one step; `looking`: mostly rows whose evidence is known."""
+        """The batch of one step; `looking`: mostly rows whose evidence is known, and some of the questions' own."""
         pool = self.pool
         rng = np.random.default_rng((self.recipe.seed, looking, step))
         chunks = rng.choice(self._count, min(phase.chunks, self._count), replace=False)
@@ -35,11 +35,12 @@ class Batches:
         rows, tokens, targets, evidence, firsts = [], [], [], [], []
         for i, q in enumerate(questions.tolist()):
             start, stop = (int(x) for x in pool.question_start_Q[q : q + 2])
-            answer = np.arange(start + int(pool.answer_start_Q[q]) - 1, stop - 1)
-            place = pool.evidence_M[answer]
-            rows.append(np.full(len(answer), i))
-            tokens.append(answer - start)
-            targets.append(pool.question_ids_M[answer + 1])
+            begin = start + int(pool.answer_start_Q[q]) - 1
+            row = np.arange(start + 1 if looking else begin, stop - 1)
+            place = pool.evidence_M[row]
+            rows.append(np.full(len(row), i))
+            tokens.append(row - start)
+            targets.append(np.where(row >= begin, pool.question_ids_M[row + 1], NOTHING))
             evidence.append(np.where(place >= 0, place + first_of.get(int(pool.chunk_of_Q[q]), 0), place))
             firsts.append((place != NO_EVIDENCE) & (place != np.concatenate([[NO_EVIDENCE], place[:-1]]) + 1))
         kept = _thin(np.concatenate(evidence), np.concatenate(firsts), phase.rows, rng, looking)
@@ -94,13 +95,13 @@ def _row(flat: Any, start: np.ndarray, i: int) -> Any:
 def _thin(evidence_R: np.ndarray, first_R: np.ndarray, most: int, rng: np.random.Generator, looking: bool) -> Tensor:
     """Which answer rows are trained: first those where a copy begins or an absence shows, then others up to `most`.
 
-    For looking, up to a third as many rows without evidence come on top.
+    For looking, up to two thirds as many rows without evidence come on top.
     """
     priority = rng.random(len(evidence_R)) + first_R
     order = np.argsort(-priority, kind="stable")
     if looking:
         known = evidence_R[order] != NO_EVIDENCE
-        order = np.concatenate([order[known][:most], order[~known][: most // 3]])
+        order = np.concatenate([order[known][:most], order[~known][: 2 * most // 3]])
     else:
         order = order[:most]
     return torch.from_numpy(np.sort(order))

@@ -40,6 +40,7 @@ class Batch:
     text_ids_BT: Tensor
 
 
+NOTHING = -2  # target of a row that is not to look anything up: a token of the question
 _LOST = -30.0  # log of a mass that is as good as nothing
 
 
