@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from herd.model.attention import Attention
-from herd.model.moe import MoE
+from herd.model.moe import DenseMLP, MoE
 from herd.model.transformer import Block
 
 LAGS = tuple(range(9))  # tokens back, one for each head
@@ -64,6 +64,7 @@ def construct(local: Block, top: Block, sample: Sample, first_D: Tensor) -> None
     own_dHd = torch.eye(d, cfg.num_attention_heads * d)  # the first head sees the token itself
     into_KHd = torch.cat([mix_GHdd.transpose(1, 2).reshape(G * d, -1), own_dHd])
     local.self_attn.o_proj.weight.copy_(size * _WRITE * quiet_DK @ into_KHd)
+    assert isinstance(local.feed_forward, DenseMLP)
     for linear in (local.feed_forward.gate_proj, local.feed_forward.up_proj):
         nn.init.normal_(linear.weight, std=D**-0.5, generator=generator)
     nn.init.zeros_(local.feed_forward.down_proj.weight)
