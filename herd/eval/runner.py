@@ -45,7 +45,8 @@ def run(
         for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
     ]
     shown = "" if name == "perplexity" else f" --length {','.join(str(length) for length in lengths)}"
-    command = f"herd eval {name}{shown} --trials {count} --seed {seed}"
+    compared = "" if with_base or name not in ("lookup", "perplexity") else " --no-base"
+    command = f"herd eval {name}{shown} --trials {count} --seed {seed}{compared}"
     result = {**report.about(command, model.path.name, model.fingerprint, seed), "results": results}
     if out is not None:
         report.write_json(result, out)
