@@ -20,6 +20,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         kind, size = one["eval"], _size(one.get("length"))
         if kind == "needle":
             yield f"needle, {size} tokens, {one['trials']} trials: exact", _percent(one["exact"]), _goal(one, 97, 95)
+            yield f"needle, {size} tokens: first citation right", _percent(one["first_citation_right"]), ""
+            yield f"needle, {size} tokens: called absent although it is there", _percent(one["said_absent"]), ""
         elif kind == "lookup":
             yield from _lookup(one, size)
         elif kind == "context":
@@ -33,6 +35,7 @@ def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
     name = f"lookup, {size} tokens, {one['questions']} questions"
     yield f"{name}: exact", _percent(one["exact"]), _goal(one, 85, 80)
     yield f"{name}: first citation right", _percent(one["first_citation_right"]), "≥ 90 %"
+    yield f"{name}: called absent although it is there", _percent(one["said_absent"]), ""
     yield f"{name}: BM25 alone, right chunk first", _percent(one["baselines"]["bm25"]["first_chunk_right"]["all"]), ""
     if "rag" in one["baselines"]:
         yield (

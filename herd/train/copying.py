@@ -38,9 +38,8 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, 
     say_VD = readout_VD.detach().float()
     say_VD = say_VD - say_VD.mean(0)
     code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
-    code_KD = _silence(
-        code_KD, x_ND, torch.cat([x_ND[sample.start_C[:-1]], normed(alone(local, first_D)).unsqueeze(0)])
-    )
+    first_CD = torch.cat([x_ND[sample.start_C[:-1]], normed(alone(local, first_D)).unsqueeze(0)])
+    code_KD = _silence(code_KD, x_ND, first_CD)
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
     out_DK = out_DK * size * _LOUDNESS / (x_ND @ code_KD.T @ out_DK.T).pow(2).mean().sqrt()
     group = attn.cfg.num_attention_heads // G

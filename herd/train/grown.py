@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from herd.data.pool import NO_EVIDENCE
-from herd.kernels import merge_partials
+from herd.kernels import attend, merge_partials
 from herd.model import Transformer
 from herd.model.attention import causal_attention
+from herd.model.cache import visible
 from herd.train.construct import fixed_weights
 
 
@@ -97,12 +98,13 @@ class Grown:
         q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
         log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
         known = batch.evidence_R != NO_EVIDENCE
-        place_R = torch.where(batch.evidence_R >= 0, batch.evidence_R, len(keys_NGd))[known]
-        mass_GRh = log_p[:, known].gather(-1, place_R.view(1, -1, 1, 1).expand(*_heads(log_p, place_R), 1)).squeeze(-1)
+        place_R = torch.where(batch.evidence_R >= 0, batch.evidence_R, len(keys_NGd))
+        rows = known.nonzero().flatten()
+        mass_RGh = log_p[:, rows, :, place_R[rows]]
         weight_R = 1.0 + batch.first_R[known]  # where a copy begins, or an absence shows, most is lost or won
         # Beyond the floor a look is lost: another one is worth more.
-        evidence = -(mass_GRh.clamp(min=_LOST).mean((0, 2)) * weight_R).sum() / weight_R.sum()
-        losses = {"evidence": evidence, "mass": mass_GRh.detach().exp().mean()}
+        evidence = -(mass_RGh.clamp(min=_LOST).mean((1, 2)) * weight_R).sum() / weight_R.sum()
+        losses = {"evidence": evidence, "mass": mass_RGh.detach().exp().mean()}
         if not known.all():
             losses["echo"] = -_harmless(log_p[:, ~known], batch, ~known).clamp(min=_LOST).mean()
         if len(batch.text_BTD):
@@ -161,11 +163,12 @@ class Grown:
     def _idle(self, batch: Batch) -> Tensor:
         """-log of the mass on the row's own first token, in plain text: only answers look things up."""
         _, q_BTHd, k_BTGd = self._in_text(batch)
-        T, G = k_BTGd.shape[1:3]
-        q_BGhTd = q_BTHd.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4) / math.sqrt(q_BTHd.shape[-1])
-        logits = (q_BGhTd.flatten(2, 3) @ k_BTGd.permute(0, 2, 3, 1)).float().unflatten(2, (-1, T))
-        log_p = logits.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).log_softmax(-1)
-        return -log_p[..., 1:, 0].clamp(min=_LOST).mean()
+        positions_BT = _positions(q_BTHd[..., 0])
+        _, lse_BTH = attend(q_BTHd, k_BTGd, k_BTGd, visible(positions_BT, positions_BT, None))
+        group = q_BTHd.shape[2] // k_BTGd.shape[2]
+        first_BHd = k_BTGd[:, 0].repeat_interleave(group, 1)
+        logit_BTH = torch.einsum("bthd,bhd->bth", q_BTHd, first_BHd).float() / math.sqrt(q_BTHd.shape[-1])
+        return -(logit_BTH - lse_BTH)[:, 1:].clamp(min=_LOST).mean()
 
     def _in_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """States, queries and keys of the rows of plain text."""
@@ -194,10 +197,6 @@ def _harmless(log_p: Tensor, batch: Batch, rows_R: Tensor) -> Tensor:
     own_RT[:, 0] = True
     same_RN = torch.cat([batch.chunk_ids_N == target_R1, own_RT], 1)
     return log_p.masked_fill(~same_RN.unsqueeze(1), -math.inf).logsumexp(-1)
-
-
-def _heads(log_p: Tensor, place_R: Tensor) -> tuple[int, int, int]:
-    return log_p.shape[0], len(place_R), log_p.shape[2]
 
 
 def _dilution(batch: Batch, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""One training run, from recipe to weights. Every stage is kept in the run's folder and not done twice."""
+"""One training run, from recipe to weights. Every stage but the start of looking is kept in the run's folder."""
 
 import ctypes
 import shutil
@@ -28,6 +28,7 @@ from herd.train.recipe import Phase, Recipe, load_recipe
 
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of how many, figures
 _SAMPLE = 240_000  # tokens that the closed-form starts look at
+_ECHO = 0.5  # weight of the loss `echo`
 
 
 def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -88,14 +89,15 @@ def _train(
     looking.resume()
     looking.train(
         lambda step: grown.look(batches.draw(recipe.looking, step, looking=True)),
-        {"evidence": 1.0, "echo": 0.5, "idle": recipe.looking.text},
+        {"evidence": 1.0, "echo": _ECHO, "idle": recipe.looking.text},
         note("looking", recipe.looking),
     )
     if not (run_dir / "answering" / "checkpoint.pt").exists():
         report("start of copying", 0, 1, {})
         readout_VD = transformer.lm_head.weight * transformer.model.norm.weight
-        start_copying(local, top, sample, readout_VD, first_D)
+        share = start_copying(local, top, sample, readout_VD, first_D)
         erase(local, top, sample)
+        report("start of copying", 1, 1, {"told_apart": share})
     answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
     answering.resume()
     answering.train(

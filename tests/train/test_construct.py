@@ -23,7 +23,7 @@ from herd.train.construct import (
 )
 from herd.train.copying import start_copying
 
-VOCABULARY, DIM, HEAD, CODED = 200, 320, 64, 100
+VOCABULARY, DIM, HEAD, CODED = 200, 576, 64, 250
 CONFIG = TextConfig(
     vocab_size=VOCABULARY,
     hidden_size=DIM,
@@ -55,13 +55,18 @@ class World:
         self.local, self.top = Block(CONFIG, 0), Block(CONFIG, 1)
         torch.nn.init.zeros_(self.local.feed_forward.down_proj.weight)
         ids = torch.randint(VOCABULARY, (4096,))
-        self.sample = Sample(self.states(ids), ids, list(range(0, 4097, 1024)))
+        self.alike = torch.zeros(DIM)
+        self.alike[-1] = 100.0
+        self.sample = Sample(torch.cat([self.states(row) for row in ids.split(1024)]), ids, list(range(0, 4097, 1024)))
         self.first = self.states(torch.tensor([VOCABULARY]))[0]
         self.unembedding = torch.randn(VOCABULARY, DIM)
         construct(self.local, self.top, self.sample, self.first)
 
     def states(self, ids: Tensor) -> Tensor:
-        return self.codes[ids] + 0.03 * torch.randn(len(ids), DIM)
+        """Of one row: what stands first has a large part that is the same for every token, as in real models."""
+        states = self.codes[ids] + 0.03 * torch.randn(len(ids), DIM)
+        states[0] += self.alike
+        return states
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_a_repeated_run_finds_the_token_after_it(world: World) -> None:
 
 @torch.no_grad()
 def test_what_matches_nothing_looks_at_the_first_token(world: World) -> None:
-    keys, _ = key_value(world, torch.randint(VOCABULARY, (600,), generator=torch.Generator().manual_seed(7)))
+    keys, _ = key_value(world, torch.randint(150, (600,), generator=torch.Generator().manual_seed(7)))
     question = torch.cat([torch.tensor([VOCABULARY]), torch.arange(150, 170)])
     own_keys, _ = key_value(world, question)
     query = world.top.self_attn.query(after_local(world, question), positions(question))[0, -1]
@@ -137,7 +142,7 @@ def test_erase_takes_away_what_the_local_layer_writes(world: World) -> None:
     written = world.local(x, at, None) - x
     shared = world.top.feed_forward.shared_expert
     left = written + shared(world.top.post_attention_layernorm(x + written))
-    assert left.norm() < written.norm() / 3
+    assert left.norm() < written.norm() / 5
 
 
 def test_the_local_layer_writes_in_few_directions(world: World) -> None:
@@ -158,6 +163,6 @@ def test_copied_tokens_are_told_apart_and_the_first_one_says_nothing(
     with torch.no_grad():
         _, values_NGd = key_value(world, torch.cat([torch.tensor([VOCABULARY]), ids]))
         said_ND = attn.o_proj(values_NGd.repeat_interleave(3, 1).flatten(1))
-    assert said_ND[0].norm() < said_ND[1:].norm(dim=1).mean() / 10
+    assert said_ND[0].norm() < said_ND[1:].norm(dim=1).mean() / 20
     centred_VD = world.unembedding - world.unembedding.mean(0)
     assert ((said_ND[1:] @ normed(centred_VD).T).argmax(1) == ids).float().mean() > 0.95
