@@ -62,6 +62,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     core.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
+    settings = {"chat_template": TEMPLATE, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

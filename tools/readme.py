@@ -29,6 +29,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         elif kind == "perplexity":
             change = f"{one['change_percent']:+.2f} %" if "change_percent" in one else "not measured"
             yield f"perplexity of {one['text']} against the base model", change, "≤ +2 %"
+            if "change_percent" in one.get("after_bos", {}):
+                yield "the same after a BOS token", f"{one['after_bos']['change_percent']:+.2f} %", ""
 
 
 def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:

@@ -63,6 +63,8 @@ class PoolRecipe:
     questions_per_chunk: int = 12
     quotes_per_chunk: int = 2
     absent_share: float = 0.15
+    passages_per_chunk: int = 1  # of plain text
+    passage_tokens: int = 192
     seed: int = 0
 
 

@@ -39,6 +39,7 @@ class Tokenizer:
         self._core = core
         self._special = {str(t.content): i for i, t in core.get_added_tokens_decoder().items() if t.special}
         self._check_specials_stay_text()
+        self.bos_id = self._special.get((named or {}).get("bos_token", ""))
         self.eos_ids = list(eos_ids)
         self.pad_id = pad_id
         self._template = ChatTemplate(template, self._special, named or {}) if template is not None else None

@@ -12,12 +12,16 @@ from herd.data.bank import pad
 from herd.data.pool import NO_EVIDENCE, Pool
 from herd.train.grown import NOTHING, Batch
 from herd.train.recipe import Phase, Recipe
+from herd.train.rows import Rows
+
+Bank = dict[str, tuple[Rows, Tensor]]  # rows of each kind and the hidden states of their tokens [N, D]
 
 
 class Batches:
-    def __init__(self, recipe: Recipe, pool: Pool, chunk_states_ND: Tensor, question_states_MD: Tensor) -> None:
+    def __init__(self, recipe: Recipe, pool: Pool, bank: Bank) -> None:
         self.recipe, self.pool = recipe, pool
-        self.chunk_states, self.question_states = chunk_states_ND, question_states_MD
+        self.chunk_states, self.question_states = bank["chunks"][1], bank["questions"][1]
+        self.passages, self.passage_states = bank["passages"]
         self._lengths = np.diff(pool.question_start_Q)
         self._count = len(pool.chunk_start_C) - 1
         order = np.argsort(pool.chunk_of_Q, kind="stable")
@@ -44,7 +48,7 @@ class Batches:
             evidence.append(np.where(place >= 0, place + first_of.get(int(pool.chunk_of_Q[q]), 0), place))
             firsts.append((place != NO_EVIDENCE) & (place != np.concatenate([[NO_EVIDENCE], place[:-1]]) + 1))
         kept = _thin(np.concatenate(evidence), np.concatenate(firsts), phase.rows, rng, looking)
-        text, text_ids = self._text(chunks, phase, rng)
+        text, text_ids = self._text(phase, rng)
         longest = math.log(max(phase.dilute_to / sum(lengths), 1.0))
         return Batch(
             chunk_CTD=pad([_row(self.chunk_states, pool.chunk_start_C, c) for c in chunks]),
@@ -74,18 +78,14 @@ class Batches:
         chosen = rng.choice(present, min(phase.questions - count, len(present)), replace=False)
         return np.concatenate([chosen, absent[:count]])
 
-    def _text(self, chunks: np.ndarray, phase: Phase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Beginnings of chunks: a text's first token is where looks that find nothing go, as in a question."""
-        pool = self.pool
-        picked = rng.choice(chunks, min(phase.text_rows, len(chunks)), replace=False)
-        starts = [
-            int(s) for c in picked if (s := pool.chunk_start_C[c]) + phase.text_tokens <= pool.chunk_start_C[c + 1]
-        ]
-        if not starts:
+    def _text(self, phase: Phase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Passages of plain text: states and token ids."""
+        starts = self.passages.start_R
+        spans = [slice(starts[i], starts[i + 1]) for i in rng.choice(len(starts) - 1, phase.text_rows)]
+        if not spans:
             return torch.empty(0), torch.empty(0)
-        spans = [slice(s, s + phase.text_tokens) for s in starts]
-        states = torch.stack([self.chunk_states[span] for span in spans])
-        return states, torch.stack([torch.from_numpy(pool.chunk_ids_N[span].astype(np.int64)) for span in spans])
+        ids_BT = np.stack([self.passages.ids_N[span] for span in spans]).astype(np.int64)
+        return torch.stack([self.passage_states[span] for span in spans]), torch.from_numpy(ids_BT)
 
 
 def _row(flat: Any, start: np.ndarray, i: int) -> Any:

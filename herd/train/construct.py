@@ -32,22 +32,20 @@ _SINK_KEY = 60.0  # length of that token's key: a long one needs little of the q
 
 @dataclass(frozen=True)
 class Sample:
-    """Hidden states [N, D] below the new layers of whole rows of text, their token ids, and where rows begin."""
+    """Hidden states below the new layers: of whole rows of text, and of tokens that stand first in a row."""
 
     states_ND: Tensor
     ids_N: Tensor
-    start_C: list[int]  # C + 1
+    start_C: list[int]  # where rows begin, C + 1
+    firsts_FD: Tensor  # those that questions and chunks begin with, then others
 
     def rows(self) -> Iterator[slice]:
         return (slice(a, b) for a, b in zip(self.start_C, self.start_C[1:], strict=False))
 
 
 @torch.no_grad()
-def construct(local: Block, top: Block, sample: Sample, first_D: Tensor) -> None:
-    """Set all weights of both layers that looking depends on. Needs nine heads in three groups.
-
-    first_D: hidden state of the token that every question begins with.
-    """
+def construct(local: Block, top: Block, sample: Sample) -> None:
+    """Set all weights of both layers that looking depends on. Needs nine heads in three groups."""
     cfg = local.self_attn.cfg
     D, G, d = cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim
     assert (cfg.num_attention_heads, G) == (len(LAGS), len(_SEEN)), "the construction is for nine heads in three"
@@ -75,7 +73,7 @@ def construct(local: Block, top: Block, sample: Sample, first_D: Tensor) -> None
     queries_NGd = _sums(codes_Nd, sample, weights_HTT, step_GHdd)
     scale = (_MATCH * d**0.5) ** 0.5
     keys_KD, queries_KD = (scale * _regress(y_ND, target.flatten(1)) for target in (keys_NGd, queries_NGd))
-    keys_KD, queries_KD = _add_sink(keys_KD, queries_KD, y_ND, normed(alone(local, first_D)), G)
+    keys_KD, queries_KD = _add_sink(keys_KD, queries_KD, y_ND, firsts_after(local, sample), G)
     group = cfg.num_attention_heads // G
     queries_HD = queries_KD.unflatten(0, (G, d)).repeat_interleave(group, 0).flatten(0, 1)
     top.self_attn.k_proj.weight.copy_(keys_KD)
@@ -154,21 +152,17 @@ def _through(local: Block, states_TD: Tensor) -> Tensor:
     return local(x_BTD, torch.arange(len(states_TD)).unsqueeze(0), None)[0].float()
 
 
-def alone(local: Block, state_D: Tensor) -> Tensor:
-    """State [D], float32, after the new local layer of a token that stands first in its row."""
-    return _through(local, state_D.unsqueeze(0))[0]
+@torch.no_grad()
+def firsts_after(local: Block, sample: Sample) -> Tensor:
+    """Normed states [F, D], float32, after the new local layer of tokens that stand first in a row."""
+    x_FTD = sample.firsts_FD.to(local.self_attn.v_proj.weight.dtype).unsqueeze(1)
+    return normed(local(x_FTD, torch.zeros(len(x_FTD), 1, dtype=torch.long), None)[:, 0])
 
 
 def normed(x: Tensor) -> Tensor:
     """RMS-normed in float32, without a weight."""
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
-
-
-def distinct(x_ND: Tensor, only_KD: Tensor) -> Tensor:
-    """Directions [K, D] that each give 1 for one of K states, 0 for the others, and little for all of x."""
-    found_DK = torch.linalg.solve(x_ND.T @ x_ND / len(x_ND) + 1e-3 * torch.eye(x_ND.shape[1]), only_KD.T)
-    return torch.linalg.solve(found_DK.T @ only_KD.T, found_DK.T)
 
 
 def discriminant(x_ND: Tensor, ids_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -228,8 +222,8 @@ def _sums(codes_Nd: Tensor, sample: Sample, weights_HTT: Tensor, mix_GHdd: Tenso
     return torch.cat(parts)
 
 
-def _add_sink(keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, first_D: Tensor, G: int) -> tuple[Tensor, Tensor]:
-    """Give a question's first token a key of its own, and every query a constant part that matches it.
+def _add_sink(keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, firsts_FD: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """Give every row's first token a key of its own, and every query a constant part that matches it.
 
     The key lies where other keys vary least, so that they match the constant part as little as possible.
     """
@@ -240,9 +234,18 @@ def _add_sink(keys_KD: Tensor, queries_KD: Tensor, y_ND: Tensor, first_D: Tensor
     across_KK = torch.eye(G * d) - torch.block_diag(*(torch.outer(e, e) for e in least))
     sink_K = _SINK_KEY * torch.cat(least)
     keys_KD = across_KK @ keys_KD
-    keys_KD = keys_KD + torch.outer(sink_K - keys_KD @ first_D, distinct(y_ND, first_D.unsqueeze(0))[0])
+    is_first_D = _telling(y_ND, firsts_FD)
+    keys_KD = keys_KD + torch.outer(sink_K - keys_KD @ firsts_FD.mean(0), is_first_D)
     share = _SINK * _MATCH * d**0.5 / _SINK_KEY**2
     return keys_KD, across_KK @ queries_KD + share * torch.outer(sink_K, constant(y_ND))
+
+
+def _telling(y_ND: Tensor, firsts_FD: Tensor) -> Tensor:
+    """The direction [D] that gives 1 for rows' first tokens, which are all much alike, and about 0 for all others."""
+    mean_D = firsts_FD.mean(0)
+    gram_DD = y_ND.T @ y_ND / len(y_ND) + firsts_FD.T @ firsts_FD / len(firsts_FD)
+    found_D = torch.linalg.solve(gram_DD + 1e-3 * torch.eye(len(gram_DD)), mean_D)
+    return found_D / (found_D @ mean_D)
 
 
 def constant(x_ND: Tensor) -> Tensor:

@@ -5,28 +5,28 @@ unembedding read as that token, so large that the layers above mostly let it thr
 a bottleneck between a token's state and that readout. Groups are left out at random, so that each one alone says as
 much as it can.
 
-Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, D hidden, K values of all groups,
-G key/value heads, C rows of text, F directions.
+Shape suffixes: N tokens, B tokens of a step, V vocabulary, W tokens to choose from, L the ones most like one, D hidden,
+K values of all groups, G key/value heads, F first tokens.
 """
 
 import torch
 from torch import Tensor, nn
 
 from herd.model.transformer import Block
-from herd.train.construct import Sample, after, alone, constant, discriminant, distinct, normed
+from herd.train.construct import Sample, after, constant, discriminant, firsts_after, normed
 
-_LOUDNESS = 12.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
-_STEPS, _BATCH, _OTHERS, _RATE = 200, 2048, 4096, 3e-3
+_LOUDNESS = 16.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
+_STEPS, _BATCH, _OTHERS, _RATE = 600, 1024, 2048, 3e-3
+_LIKE = 8  # tokens most like each one, which it must be told from
 _SAMPLE = 20_000  # tokens that the outputs are fitted to before the first step
 _LEFT_OUT = 0.4  # share of groups
-_FIRSTS = 8  # directions that hold the states of rows' first tokens
 
 
-def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, first_D: Tensor) -> float:
+def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor) -> float:
     """Set values and outputs of the global layer; returns the share of tokens told apart at the end.
 
-    readout_VD: the unembedding times the weight of the final norm. first_D: state, below the local layer, of a
-    question's first token. Looks that find nothing go to the first token of their row, and it says nothing.
+    readout_VD: the unembedding times the weight of the final norm. Looks that find nothing go to first tokens of
+    rows, and those of questions and chunks say nothing.
     """
     attn = top.self_attn
     G, d = attn.cfg.num_key_value_heads, attn.cfg.head_dim
@@ -38,8 +38,7 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, 
     say_VD = readout_VD.detach().float()
     say_VD = say_VD - say_VD.mean(0)
     code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
-    first_CD = torch.cat([x_ND[sample.start_C[:-1]], normed(alone(local, first_D)).unsqueeze(0)])
-    code_KD = _silence(code_KD, x_ND, first_CD)
+    code_KD = _silence(code_KD, x_ND, firsts_after(local, sample)[:2])
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
     out_DK = out_DK * size * _LOUDNESS / (x_ND @ code_KD.T @ out_DK.T).pow(2).mean().sqrt()
     group = attn.cfg.num_attention_heads // G
@@ -50,14 +49,15 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor, 
     return share
 
 
-def _silence(code_KD: Tensor, x_ND: Tensor, first_CD: Tensor) -> Tensor:
-    """The code made zero for the first tokens of rows, whose states are much alike and unlike all others."""
-    typical_FD = torch.linalg.svd(first_CD, full_matrices=False).Vh[:_FIRSTS]
-    return code_KD - code_KD @ typical_FD.T @ distinct(x_ND, typical_FD)
+def _silence(code_KD: Tensor, x_ND: Tensor, firsts_FD: Tensor) -> Tensor:
+    """The code made zero for some states, and changed little for x."""
+    gram_DD = x_ND.T @ x_ND / len(x_ND) + 1e-3 * torch.eye(x_ND.shape[1])
+    found_DF = torch.linalg.solve(gram_DD, firsts_FD.T)  # gives little for other states
+    return code_KD - code_KD @ firsts_FD.T @ torch.linalg.solve(firsts_FD @ found_DF, found_DF.T)
 
 
 def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -> tuple[Tensor, Tensor, float]:
-    """Train both maps to choose each token among those of the step and some others."""
+    """Train both maps to choose each token among those of the step, the ones most like them, and any others."""
     generator = torch.Generator().manual_seed(0)
     said_ND = say_VD[ids_N[:_SAMPLE]]
     gram_DD = said_ND.T @ said_ND + torch.eye(said_ND.shape[1])
@@ -66,11 +66,11 @@ def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -
     optimizer = torch.optim.Adam(weights, lr=_RATE)
     count_V = torch.bincount(ids_N, minlength=len(say_VD))
     weight_N = (count_V.clamp(max=16) / count_V.clamp(min=1))[ids_N].double()
-    shares = []
+    like_VL, shares = _most_like(say_VD), []
     for step in range(_STEPS):
         at_B = torch.multinomial(weight_N, _BATCH, replacement=True, generator=generator)
         others = torch.randint(len(say_VD), (_OTHERS,), generator=generator)
-        choice_W, target = torch.cat([ids_N[at_B], others]).unique(return_inverse=True)
+        choice_W, target = torch.cat([ids_N[at_B], like_VL[ids_N[at_B]].flatten(), others]).unique(return_inverse=True)
         draw = torch.rand(_BATCH, G, 1, generator=generator)
         kept = draw >= draw.amax(1, keepdim=True).clamp(max=_LEFT_OUT)  # at least one of them
         said = ((x_ND[at_B] @ weights[0].T).unflatten(1, (G, -1)) * kept).flatten(1)
@@ -83,3 +83,10 @@ def _fit(code_KD: Tensor, x_ND: Tensor, ids_N: Tensor, say_VD: Tensor, G: int) -
         optimizer.step()
         shares.append((logits_BW.detach().argmax(1) == target[:_BATCH]).float().mean().item())
     return weights[0].detach(), weights[1].detach(), sum(shares[-20:]) / 20
+
+
+def _most_like(say_VD: Tensor) -> Tensor:
+    """Tokens [V, L] whose directions are nearest to each one's."""
+    unit_VD = nn.functional.normalize(say_VD, dim=1).bfloat16()
+    nearest = [(part @ unit_VD.T).topk(min(_LIKE + 1, len(say_VD)), 1).indices for part in unit_VD.split(4096)]
+    return torch.cat(nearest)[:, 1:]

@@ -9,6 +9,7 @@ successor is trained), H query heads, G key/value heads, d head_dim, D hidden.
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from herd.train.construct import fixed_weights
 
 @dataclass(frozen=True)
 class Batch:
-    """One step, ready for `Grown`. evidence_R indexes the N context tokens; NULL is the row's own first token."""
+    """One step, ready for `Grown`. evidence_R indexes the N context tokens; NULL: rows' first tokens."""
 
     chunk_CTD: Tensor  # hidden states of chunks, padded right
     chunk_lengths: list[int]
@@ -92,15 +93,15 @@ class Grown:
     def look(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of looking, means over all heads of -log of attention mass.
 
-        evidence: the mass on it. echo: in rows without evidence, the mass on tokens that are what comes next anyway, or
-        on the row's own first token. idle: see `_idle`.
+        evidence: the mass on it, or on rows' first tokens where there is none to be found. echo: in rows without
+        evidence, the mass that does no harm, see `_harmless`. idle: see `_idle`.
         """
         q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
         log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
         known = batch.evidence_R != NO_EVIDENCE
-        place_R = torch.where(batch.evidence_R >= 0, batch.evidence_R, len(keys_NGd))
-        rows = known.nonzero().flatten()
-        mass_RGh = log_p[:, rows, :, place_R[rows]]
+        rows, place_R = known.nonzero().flatten(), batch.evidence_R[known]
+        mass_RGh = log_p[:, rows, :, place_R.clamp(min=0)]
+        mass_RGh[place_R < 0] = log_p[:, rows[place_R < 0]][..., _firsts(batch)].logsumexp(-1).transpose(0, 1)
         weight_R = 1.0 + batch.first_R[known]  # where a copy begins, or an absence shows, most is lost or won
         # Beyond the floor a look is lost: another one is worth more.
         evidence = -(mass_RGh.clamp(min=_LOST).mean((1, 2)) * weight_R).sum() / weight_R.sum()
@@ -191,12 +192,20 @@ def _positions(x_BTD: Tensor) -> Tensor:
 
 
 def _harmless(log_p: Tensor, batch: Batch, rows_R: Tensor) -> Tensor:
-    """Log of the mass [G, R, h] on tokens that equal the next one, anywhere, and on the row's own first token."""
+    """Log of the mass [G, R, h] on tokens that equal the next one, and of half the mass on rows' first tokens.
+
+    So a look is better than none if it is right more often than not.
+    """
     target_R1 = batch.target_R[rows_R].unsqueeze(1)
-    own_RT = batch.question_ids_QT[batch.row_R[rows_R]] == target_R1
-    own_RT[:, 0] = True
-    same_RN = torch.cat([batch.chunk_ids_N == target_R1, own_RT], 1)
-    return log_p.masked_fill(~same_RN.unsqueeze(1), -math.inf).logsumexp(-1)
+    same_RN = torch.cat([batch.chunk_ids_N == target_R1, batch.question_ids_QT[batch.row_R[rows_R]] == target_R1], 1)
+    weight_RN = torch.where(same_RN, 0.0, -math.inf)
+    weight_RN[:, _firsts(batch)] = math.log(0.5)
+    return (log_p + weight_RN.unsqueeze(1)).logsumexp(-1)
+
+
+def _firsts(batch: Batch) -> list[int]:
+    """Places, in the context and then the question, of the tokens that looks are for which find nothing."""
+    return [*accumulate([0, *batch.chunk_lengths])]
 
 
 def _dilution(batch: Batch, tokens: int) -> float:

@@ -36,7 +36,6 @@ class Phase:
     lora_lr: float = 0.0  # of low-rank updates
     text: float = 0.0  # weight of the loss in plain text: of looking at nothing, or of language modelling
     text_rows: int = 0  # rows of plain text, without a context
-    text_tokens: int = 192
     weight_decay: float = 0.0
     clip: float = 1.0
 
@@ -49,6 +48,7 @@ class Recipe:
     answering: Phase
     checkpoint_every: int = 50
     seed: int = 0
+    compile: bool = False  # the layers above the global one, with torch.compile; needs a C++ compiler
 
 
 def load_recipe(path: Path) -> Recipe:

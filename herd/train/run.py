@@ -19,15 +19,17 @@ from herd.data.pool import Pool, build
 from herd.errors import ConfigError
 from herd.model import Transformer
 from herd.prompt import Tokenizer
-from herd.train.batches import Batches
+from herd.train.batches import Bank, Batches
 from herd.train.construct import Sample, construct, erase, normed, written_directions
 from herd.train.copying import start_copying
 from herd.train.grown import Grown
 from herd.train.loop import Loop
 from herd.train.recipe import Phase, Recipe, load_recipe
+from herd.train.rows import Rows, firsts, passages, vocabulary
 
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of how many, figures
-_SAMPLE = 240_000  # tokens that the closed-form starts look at
+_SAMPLE = 240_000  # tokens of chunks that the closed-form starts look at
+_FIRSTS = 4096  # rows of one token that they look at
 _ECHO = 0.5  # weight of the loss `echo`
 
 
@@ -47,30 +49,34 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
         upcycle_base(fetch_wheel(home() / "base"), init, sizes)
     transformer = load(init)
     pool = _pool(recipe, run_dir, Tokenizer.load(init), report)
-    states = [
-        _states(transformer, recipe, run_dir, report, name, ids, start)
-        for name, ids, start in (
-            ("chunks", pool.chunk_ids_N, pool.chunk_start_C),
-            ("questions", pool.question_ids_M, pool.question_start_Q),
-        )
-    ]
-    weights, figures = _train(transformer, recipe, pool, states, run_dir, report)
+    rows = {
+        "chunks": Rows(pool.chunk_ids_N, pool.chunk_start_C),
+        "questions": Rows(pool.question_ids_M, pool.question_start_Q),
+        "passages": passages(pool, recipe.pool.passage_tokens, recipe.pool.passages_per_chunk, recipe.seed),
+        "vocabulary": vocabulary(pool, transformer.config.vocab_size, recipe.seed),
+        "firsts": firsts(pool, transformer.config.vocab_size, _FIRSTS, recipe.seed),
+    }
+    bank = {name: (r, _states(transformer, recipe, run_dir, report, name, r)) for name, r in rows.items()}
+    weights, figures = _train(transformer, recipe, pool, bank, run_dir, report)
     make_delta(weights, init, run_dir / "delta.safetensors", scale=recipe.model.lora_scale)
     return figures
 
 
 def _train(
-    transformer: Transformer, recipe: Recipe, pool: Pool, states: list[Tensor], run_dir: Path, report: Progress
+    transformer: Transformer, recipe: Recipe, pool: Pool, bank: Bank, run_dir: Path, report: Progress
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Both phases, each from its closed-form start. Returns all weights that differ, and the last step's figures."""
     (at,) = transformer.config.global_layers
     local, top = transformer.blocks[at - 1], transformer.blocks[at]
-    sample, first_D = _sample(pool, states[0]), states[1][0]
-    construct(local, top, sample, first_D)
+    sample = _sample(bank)
+    construct(local, top, sample)
     directions = written_directions(local)
     torch.manual_seed(recipe.seed)
     grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample.states_ND).mean(0))
-    batches, last = Batches(recipe, pool, *states), dict[str, float]()
+    if recipe.compile:
+        for block in grown.above:
+            block.compile(dynamic=True)
+    batches, last = Batches(recipe, pool, bank), dict[str, float]()
 
     def hold(masters: dict[str, Tensor]) -> None:
         """The new local layer writes where `erase` can take it away, and nowhere else."""
@@ -95,7 +101,7 @@ def _train(
     if not (run_dir / "answering" / "checkpoint.pt").exists():
         report("start of copying", 0, 1, {})
         readout_VD = transformer.lm_head.weight * transformer.model.norm.weight
-        share = start_copying(local, top, sample, readout_VD, first_D)
+        share = start_copying(local, top, sample, readout_VD)
         erase(local, top, sample)
         report("start of copying", 1, 1, {"told_apart": share})
     answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
@@ -109,11 +115,15 @@ def _train(
     return trained | _fixed(grown), last
 
 
-def _sample(pool: Pool, states_ND: Tensor) -> Sample:
-    rows = max(1, int(np.searchsorted(pool.chunk_start_C, _SAMPLE, side="right")) - 1)
-    start = [int(s) for s in pool.chunk_start_C[: rows + 1]]
-    ids_N = torch.from_numpy(pool.chunk_ids_N[: start[-1]].astype(np.int64))
-    return Sample(states_ND[: start[-1]], ids_N, start)
+def _sample(bank: Bank) -> Sample:
+    """Some chunks of real text, the whole vocabulary, and first tokens."""
+    (chunks, states_ND), (words, words_ND) = bank["chunks"], bank["vocabulary"]
+    count = max(1, int(np.searchsorted(chunks.start_R, _SAMPLE, side="right")) - 1)
+    start = chunks.start_R[: count + 1]
+    ids_N = np.concatenate([chunks.ids_N[: start[-1]], words.ids_N]).astype(np.int64)
+    start_C = [int(s) for s in (*start, *(start[-1] + words.start_R[1:]))]
+    states_ND = torch.cat([states_ND[: start[-1]], words_ND])
+    return Sample(states_ND, torch.from_numpy(ids_N), start_C, bank["firsts"][1])
 
 
 def _fixed(grown: Grown) -> dict[str, Tensor]:
@@ -141,17 +151,15 @@ def _pool(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer, report: Progress)
     return Pool.load(path)
 
 
-def _states(
-    transformer: Transformer, recipe: Recipe, run_dir: Path, report: Progress, name: str, ids: Any, start: Any
-) -> Tensor:
-    done = 0
+def _states(transformer: Transformer, recipe: Recipe, run_dir: Path, report: Progress, name: str, rows: Rows) -> Tensor:
+    done, path = 0, run_dir / f"{name}.bf16"
 
     def progress(tokens: int) -> None:
         nonlocal done
         done += tokens
-        report(f"hidden states of {name}", done, len(ids), {})
+        report(f"hidden states of {name}", done, len(rows.ids_N), {})
 
-    return hidden_states(transformer, recipe.model.global_layer, ids, start, run_dir / f"{name}.bf16", progress)
+    return hidden_states(transformer, recipe.model.global_layer, rows.ids_N, rows.start_R, path, progress)
 
 
 def _keep_memory() -> None:

@@ -189,15 +189,15 @@ def test_unexpected_failure_is_one_line_and_code_1(
 
 
 def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
-    for i in range(17):
+    for i in range(24):
         (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
     context = notes.parent / "ctx"
     command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for _ in range(600):
+    for _ in range(6000):
         if len(list(context.glob("*.kv"))) > 1 or child.poll() is not None:
             break
-        time.sleep(0.05)
+        time.sleep(0.005)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130

@@ -59,6 +59,8 @@ def test_lookup_measures_model_absent_and_baselines(model: herd.Model, tmp_path:
 def test_perplexity_of_the_same_weights_is_the_same(model: herd.Model) -> None:
     result = perplexity.perplexity(model, model, 2, lambda note: None, window=64)
     assert result["change_percent"] == 0 and result["tokens"] == 128
+    after_bos = result["after_bos"]
+    assert after_bos["change_percent"] == 0 and after_bos["perplexity"] != result["perplexity"]
     with pytest.raises(ConfigError, match="chunk"):
         perplexity.perplexity(model, None, 1, lambda note: None, window=4096)
 

@@ -56,11 +56,12 @@ class World:
         torch.nn.init.zeros_(self.local.feed_forward.down_proj.weight)
         ids = torch.randint(VOCABULARY, (4096,))
         self.alike = torch.zeros(DIM)
-        self.alike[-1] = 100.0
-        self.sample = Sample(torch.cat([self.states(row) for row in ids.split(1024)]), ids, list(range(0, 4097, 1024)))
-        self.first = self.states(torch.tensor([VOCABULARY]))[0]
+        self.alike[-1] = 600.0  # they say as little as this part is large: norms leave little of the rest
+        states = torch.cat([self.states(row) for row in ids.split(1024)])
+        firsts = torch.cat([self.states(torch.tensor([i])) for i in range(0, VOCABULARY, 2)])
+        self.sample = Sample(states, ids, list(range(0, 4097, 1024)), firsts)
         self.unembedding = torch.randn(VOCABULARY, DIM)
-        construct(self.local, self.top, self.sample, self.first)
+        construct(self.local, self.top, self.sample)
 
     def states(self, ids: Tensor) -> Tensor:
         """Of one row: what stands first has a large part that is the same for every token, as in real models."""
@@ -90,13 +91,14 @@ def test_a_repeated_run_finds_the_token_after_it(world: World) -> None:
 
 
 @torch.no_grad()
-def test_what_matches_nothing_looks_at_the_first_token(world: World) -> None:
+def test_what_matches_nothing_looks_at_first_tokens(world: World) -> None:
     keys, _ = key_value(world, torch.randint(150, (600,), generator=torch.Generator().manual_seed(7)))
     question = torch.cat([torch.tensor([VOCABULARY]), torch.arange(150, 170)])
     own_keys, _ = key_value(world, question)
     query = world.top.self_attn.query(after_local(world, question), positions(question))[0, -1]
     mass_HN = mass(query, torch.cat([own_keys, keys]))
-    assert (mass_HN.argmax(-1) == 0).all() and mass_HN[:, 0].mean() > 0.5, mass_HN[:, 0]
+    firsts = [0, len(own_keys)]
+    assert (mass_HN[:, firsts].sum(-1) > 0.5).all(), mass_HN[:, firsts]
 
 
 def mass(query_Hd: Tensor, key_NGd: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def test_copied_tokens_are_told_apart_and_the_first_one_says_nothing(
 ) -> None:
     monkeypatch.setattr(copying, "_STEPS", 60)
     world = deepcopy(world)
-    assert start_copying(world.local, world.top, world.sample, world.unembedding, world.first) > 0.95
+    assert start_copying(world.local, world.top, world.sample, world.unembedding) > 0.95
     ids = torch.arange(VOCABULARY)
     attn = world.top.self_attn
     with torch.no_grad():

@@ -16,6 +16,7 @@ from herd.train.grown import Batch, Grown, LowRank
 from tests.model.tiny_models import build
 
 CHUNK, AT, LENGTHS, QUESTIONS = 16, 2, (16, 11), (7, 10)
+FIRSTS = [0, 16, 27]  # of both chunks and the question
 CONFIG = TextConfig(
     vocab_size=97,
     hidden_size=32,
@@ -142,24 +143,25 @@ def test_losses_are_those_of_the_models_own_forward(model: Transformer) -> None:
 
 
 def evidence_loss(batch: Batch, mass: torch.Tensor) -> torch.Tensor:
-    """-log of the mass on the evidence or the row's own first token; rows where a copy begins count twice."""
+    """-log of the mass on the evidence or on first tokens of rows; rows where a copy begins count twice."""
     terms, weights = [], []
     for row, token, place, first in zip(batch.row_R, batch.token_R, batch.evidence_R, batch.first_R, strict=True):
         if place != NO_EVIDENCE:
-            terms.append(-mass[row, :, token, place if place >= 0 else sum(LENGTHS)].log().mean())
+            places = [place] if place >= 0 else FIRSTS
+            terms.append(-mass[row, :, token, places].sum(-1).log().mean())
             weights.append(1.0 + first)
     weight = torch.tensor(weights)
     return (torch.stack(terms) * weight).sum() / weight.sum()
 
 
 def echo_loss(batch: Batch, ids: list[torch.Tensor], mass: torch.Tensor) -> torch.Tensor:
-    """-log of the mass on tokens that equal the next one and on the row's first token, where there is no evidence."""
+    """-log of the mass on tokens that equal the next one and half that on firsts, where there is no evidence."""
     terms = []
     for row, token, target, place in zip(batch.row_R, batch.token_R, batch.target_R, batch.evidence_R, strict=True):
         if place == NO_EVIDENCE:
-            helps = torch.cat([*ids[:2], ids[2 + row]]) == target
-            helps[sum(LENGTHS)] = True
-            terms.append(-mass[row, :, token, : len(helps)][:, helps].sum(-1).log().mean())
+            helps = (torch.cat([*ids[:2], ids[2 + row]]) == target).float()
+            helps[FIRSTS] = 0.5
+            terms.append(-(mass[row, :, token, : len(helps)] @ helps).log().mean())
     return torch.stack(terms).mean()
 
 

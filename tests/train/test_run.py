@@ -30,6 +30,8 @@ chunk_size = 600
 facts_per_chunk = 1
 questions_per_chunk = 4
 absent_share = 0.3
+passages_per_chunk = 1
+passage_tokens = 16
 [model]
 global_layer = 2
 chunk = 1024
@@ -57,7 +59,6 @@ warmup = 2
 decay = 0.5
 text = 0.5
 text_rows = 1
-text_tokens = 16
 """
 
 
@@ -81,7 +82,8 @@ def test_a_run_leaves_a_delta_and_survives_an_interruption(recipe: Path, tmp_pat
     stages: list[str] = []
     figures = run_recipe(recipe, whole, progress=lambda stage, *_: stages.append(stage))
     assert figures["step"] == 5 and figures["answer"] > 0
-    made = ["pool", "hidden states of chunks", "hidden states of questions"]
+    rows = ("chunks", "questions", "passages", "vocabulary", "firsts")
+    made = ["pool", *(f"hidden states of {name}" for name in rows)]
     assert list(dict.fromkeys(stages)) == [*made, "looking", "start of copying", "answering"]
 
     def interrupt(during: str) -> Callable[[str, int, int, dict[str, float]], None]:
