@@ -57,7 +57,7 @@ def construct(local: Block, top: Block, sample: Sample) -> None:
     quiet_DK = torch.linalg.eigh(x_ND.T @ x_ND).eigenvectors[:, : (G + 1) * d]  # directions that carry the least
     mix_GHdd, step_GHdd = _mixing(G, d, generator)
     look_back(local.self_attn, constant(x_ND))
-    local.self_attn.v_proj.weight.copy_(_regress(x_ND * weight_N1, codes_Nd * weight_N1).repeat(G, 1))
+    local.self_attn.v_proj.weight.copy_(regress(x_ND * weight_N1, codes_Nd * weight_N1).repeat(G, 1))
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
     own_dHd = torch.eye(d, cfg.num_attention_heads * d)  # the first head sees the token itself
     into_KHd = torch.cat([mix_GHdd.transpose(1, 2).reshape(G * d, -1), own_dHd])
@@ -72,7 +72,7 @@ def construct(local: Block, top: Block, sample: Sample) -> None:
     keys_NGd = _sums(codes_Nd, sample, weights_HTT, mix_GHdd)
     queries_NGd = _sums(codes_Nd, sample, weights_HTT, step_GHdd)
     scale = (_MATCH * d**0.5) ** 0.5
-    keys_KD, queries_KD = (scale * _regress(y_ND, target.flatten(1)) for target in (keys_NGd, queries_NGd))
+    keys_KD, queries_KD = (scale * regress(y_ND, target.flatten(1)) for target in (keys_NGd, queries_NGd))
     keys_KD, queries_KD = _add_sink(keys_KD, queries_KD, y_ND, firsts_after(local, sample), G)
     group = cfg.num_attention_heads // G
     queries_HD = queries_KD.unflatten(0, (G, d)).repeat_interleave(group, 0).flatten(0, 1)
@@ -134,7 +134,7 @@ def erase(local: Block, top: Block, sample: Sample) -> None:
     width = min(expert.up_proj.out_features, written_directions(local).shape[1])
     read_DF = written_directions(local)[:, :width]
     gate = torch.tensor(4.0)
-    undo_DF = _regress(nn.functional.silu(gate) * x_ND @ read_DF, -written_ND)
+    undo_DF = regress(nn.functional.silu(gate) * x_ND @ read_DF, -written_ND)
     expert.gate_proj.weight[:width] = gate * constant(x_ND)
     expert.up_proj.weight[:width] = read_DF.T
     expert.down_proj.weight[:, :width] = undo_DF
@@ -253,7 +253,7 @@ def constant(x_ND: Tensor) -> Tensor:
     return torch.linalg.solve(x_ND.T @ x_ND + torch.eye(x_ND.shape[1]), x_ND.sum(0))
 
 
-def _regress(x_NK: Tensor, y_ND: Tensor) -> Tensor:
+def regress(x_NK: Tensor, y_ND: Tensor) -> Tensor:
     """Ridge regression: W [D, K] with x @ W.T about y."""
     gram_KK = x_NK.T @ x_NK
     gram_KK += 1e-3 * gram_KK.diagonal().mean() * torch.eye(len(gram_KK))

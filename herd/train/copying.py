@@ -12,13 +12,20 @@ K values of all groups, G key/value heads, F first tokens.
 import torch
 from torch import Tensor, nn
 
+from herd.model.moe import MoE
 from herd.model.transformer import Block
-from herd.train.construct import Sample, after, constant, discriminant, firsts_after, normed
+from herd.train.construct import Sample, after, constant, discriminant, firsts_after, normed, regress
 
-_LOUDNESS = 16.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
+_LOUDNESS = 8.0  # size of a copied token's direction, relative to a channel of the residual stream (LOG 2, 3)
 _STEPS, _BATCH, _OTHERS, _RATE = 600, 1024, 2048, 3e-3
 _LIKE = 8  # tokens most like each one, which it must be told from
 _SAMPLE = 20_000  # tokens that the outputs are fitted to before the first step
+_FLAG = 24.0  # size of what all copied tokens have in common, along a single direction, relative to a channel
+_AMPLIFIED = 64.0  # size of a copied token's direction after the experts
+_ENOUGH = 0.2  # share of the attention that has to be on tokens to be copied for that
+_IDLE = 0.3  # share of states without any copy, of those that the experts are fitted to
+_GATE = 10.0  # gate of an expert when all attention is on a token
+_ROUTER = 0.1  # the router's random start is made smaller, so that all scores are about a half
 _LEFT_OUT = 0.4  # share of groups
 
 
@@ -30,23 +37,63 @@ def start_copying(local: Block, top: Block, sample: Sample, readout_VD: Tensor) 
     """
     attn = top.self_attn
     G, d = attn.cfg.num_key_value_heads, attn.cfg.head_dim
-    x_ND = normed(after(local, sample))
-    code_KD, mean_D = discriminant(x_ND, sample.ids_N, G * d)
+    above_ND = after(local, sample)
+    x_ND = normed(above_ND)
+    code_KD, mean_D = discriminant(x_ND, sample.ids_N, G * (d - 1))
     # Neighbouring directions tell about as much: deal them out to the groups.
-    code_KD = code_KD.unflatten(0, (d, G)).transpose(0, 1).flatten(0, 1)
+    code_KD = code_KD.unflatten(0, (d - 1, G)).transpose(0, 1).flatten(0, 1)
     code_KD = code_KD - torch.outer(code_KD @ mean_D, constant(x_ND))
     say_VD = readout_VD.detach().float()
     say_VD = say_VD - say_VD.mean(0)
     code_KD, out_DK, share = _fit(code_KD, x_ND, sample.ids_N, say_VD, G)
-    code_KD = _silence(code_KD, x_ND, firsts_after(local, sample)[:2])
     size = sample.states_ND.float().pow(2).mean(-1).sqrt().mean()
     out_DK = out_DK * size * _LOUDNESS / (x_ND @ code_KD.T @ out_DK.T).pow(2).mean().sqrt()
+    code_KD, out_DK = _flagged(code_KD, out_DK, above_ND, size, G)
+    code_KD = _silence(code_KD, x_ND, firsts_after(local, sample)[:2])
     group = attn.cfg.num_attention_heads // G
+    assert isinstance(top.feed_forward, MoE)
+    _amplify(top.feed_forward, above_ND, x_ND @ code_KD.T, out_DK)
     with torch.no_grad():
         attn.v_proj.weight.copy_(code_KD)
         per_head = out_DK.unflatten(1, (G, d)).repeat_interleave(group, 1) / group
         attn.o_proj.weight.copy_(per_head.flatten(1))
     return share
+
+
+def _flagged(code_KD: Tensor, out_DK: Tensor, above_ND: Tensor, size: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """Both maps with one more number in each group, the same for all tokens, written where the stream is quiet."""
+    flag_D = torch.linalg.eigh(above_ND.T @ above_ND).eigenvectors[:, 0] * size * _FLAG / G
+    always_D = constant(normed(above_ND))
+    code = torch.cat([code_KD.unflatten(0, (G, -1)), always_D.expand(G, 1, -1)], 1)
+    out = torch.cat([out_DK.unflatten(1, (G, -1)), flag_D[:, None, None].expand(-1, G, 1)], 2)
+    return code.flatten(0, 1), out.flatten(1)
+
+
+@torch.no_grad()
+def _amplify(moe: MoE, above_ND: Tensor, code_NK: Tensor, out_DK: Tensor) -> None:
+    """Let every routed expert say again what was copied, louder: if little was, its gate stays shut.
+
+    Fitted to states with anything from nothing to all of a copied token in them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    share_N1, drawn_N1 = torch.rand(2, len(above_ND), 1, generator=generator)
+    share_N1 = share_N1 * (drawn_N1 > _IDLE)
+    copied_NK = share_N1 * code_NK[torch.randperm(len(above_ND), generator=generator)]
+    mixed_ND = above_ND + copied_NK @ out_DK.T
+    # What a state with a whole copy in it is divided by: its norm, and the router's score, a half at first.
+    size = 2.0 * (above_ND + code_NK @ out_DK.T).pow(2).mean(-1).sqrt().mean()
+    gate_1D = regress(mixed_ND, share_N1 - _ENOUGH) * size * _GATE / (1 - _ENOUGH)
+    up_KD = regress(mixed_ND, copied_NK) * size
+    down_DK = out_DK * _AMPLIFIED / _LOUDNESS / _GATE
+    even = (down_DK.norm() / up_KD.norm()).sqrt()  # weights of like size train alike
+    K, F = len(up_KD), moe.experts.down_proj.shape[1]
+    experts = moe.experts
+    experts.gate_up_proj.zero_()
+    experts.gate_up_proj[:, :, :K] = gate_1D.T
+    experts.gate_up_proj[:, :, F : F + K] = (up_KD * even).T
+    experts.down_proj.zero_()
+    experts.down_proj[:, :K] = (down_DK / even).T
+    moe.router.weight.mul_(_ROUTER)
 
 
 def _silence(code_KD: Tensor, x_ND: Tensor, firsts_FD: Tensor) -> Tensor:

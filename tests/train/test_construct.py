@@ -168,3 +168,22 @@ def test_copied_tokens_are_told_apart_and_the_first_one_says_nothing(
     assert said_ND[0].norm() < said_ND[1:].norm(dim=1).mean() / 20
     centred_VD = world.unembedding - world.unembedding.mean(0)
     assert ((said_ND[1:] @ normed(centred_VD).T).argmax(1) == ids).float().mean() > 0.95
+
+
+def test_experts_repeat_a_copy_louder_if_enough_was_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_STEPS", 60)
+    world = deepcopy(world)
+    start_copying(world.local, world.top, world.sample, world.unembedding)
+    moe = world.top.feed_forward
+    with torch.no_grad():
+        moe.shared_expert.down_proj.weight.zero_()
+        _, values_NGd = key_value(world, torch.arange(1, 101))
+        said_ND = world.top.self_attn.o_proj(values_NGd.repeat_interleave(3, 1).flatten(1))
+        x_ND = world.local(world.states(torch.arange(100)).unsqueeze(0), positions(torch.arange(100)), None)[0]
+        share_N1 = torch.tensor([0.05, 0.5, 1.0]).view(3, 1, 1)
+        repeated = moe(world.top.post_attention_layernorm(x_ND + share_N1 * said_ND))[:, 1:]
+    said_ND = said_ND[1:]
+    louder = (repeated * said_ND).sum(-1) / said_ND.pow(2).sum(-1)
+    assert louder[0].abs().max() < 0.5
+    assert (louder[1:] > 1).all() and louder[1:].median() > 5
+    assert torch.cosine_similarity(repeated[2], said_ND, dim=-1).min() > 0.9
