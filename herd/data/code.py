@@ -10,18 +10,19 @@ from collections.abc import Callable
 from random import Random
 
 from herd.data import words
+from herd.data.lines import line_end, whole_line
 from herd.data.phrasings import CODE
 from herd.data.question import Question
 
 FAMILIES = ("constant", "parameters", "class", "docstring")
-MAX_LITERAL, MAX_SIGNATURE, MAX_SENTENCE = 60, 160, 200
+MAX_LITERAL, MAX_SIGNATURE, MAX_SENTENCE, MAX_QUOTE = 60, 160, 200, 240
 
 _HEADER = re.compile(r"# (.+?):(\d+)(?= |$)")
 _ENTRY = re.compile(r" method (\w+) in class ([\w.]+)(?=,|$)")
 _ASSIGN = re.compile(r"^( *)([A-Za-z_]\w*)( *(?::[^=\n]{1,40})?= *)([^=\s#][^\n]*)$", re.M)
 _DEF = re.compile(r"^( *)(?:async )?(def (\w+)\()", re.M)
 _CLASS = re.compile(r"^( *)class (\w+)", re.M)
-_DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+((\w+)[ \t]+(\S[^\n]*?))[ \t]*(?:/\*[^\n]*|//[^\n]*)?$", re.M)
+_DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+(\S[^\n]*?)[ \t]*(?:/\*[^\n]*|//[^\n]*)?$", re.M)
 _TOP_LEVEL = re.compile(r"^[^\s#)\]}]", re.M)
 _DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
@@ -38,7 +39,7 @@ def source_of(chunk_text: str) -> str:
 def definitions(text: str) -> Counter[str]:
     """How often each name is defined (assigned, def, class, #define) anywhere in a text, at any indentation."""
     names: Counter[str] = Counter()
-    for pattern, group in ((_ASSIGN, 2), (_DEF, 3), (_CLASS, 2), (_DEFINE, 2)):
+    for pattern, group in ((_ASSIGN, 2), (_DEF, 3), (_CLASS, 2), (_DEFINE, 1)):
         names.update(found.group(group) for found in pattern.finditer(text))
     return names
 
@@ -89,8 +90,9 @@ def _constants(text: str) -> list[Draft]:
         literal = _literal(rest)
         if not literal or (indent and not _in_class_body(text, tops, found.start(), indent)):
             continue
-        copied = f"{name}{sign}{literal}"
-        drafts.append(("constant", name, copied, _line(text, found.start()), literal))
+        copied = f"{name}{sign}{rest}".rstrip()
+        if len(copied) <= MAX_QUOTE:
+            drafts.append(("constant", name, copied, whole_line(text, found.start()), literal))
     return drafts
 
 
@@ -119,18 +121,13 @@ def _literal(rest: str) -> str:
     return value
 
 
-def _line(text: str, start: int) -> str:
-    """The whole line at `start` with the line breaks around it, so that it matches nowhere else."""
-    end = text.find("\n", start)
-    return text[max(start - 1, 0) : end + 1 if end >= 0 else len(text)]
-
-
 def _defines(text: str) -> list[Draft]:
     drafts: list[Draft] = []
     for found in _DEFINE.finditer(text):
-        copied, name, value = found.groups()
-        if len(value) <= MAX_LITERAL and not value.endswith("\\"):
-            drafts.append(("constant", name, copied, _line(text, found.start()), value))
+        name, value = found.groups()
+        copied = text[found.start(1) : line_end(text, found.start())]
+        if len(value) <= MAX_LITERAL and len(copied) <= MAX_QUOTE and not value.endswith("\\"):
+            drafts.append(("constant", name, copied, whole_line(text, found.start()), value))
     return drafts
 
 
@@ -141,17 +138,17 @@ def _functions(text: str) -> list[Draft]:
         end = _closing(text, found.end() - 1, start + MAX_SIGNATURE)
         if end < 0:
             continue
-        signature = text[start:end]
-        value = text[found.end() - 1 : end]
-        evidence = _line(text, found.start())[:1] + text[found.start() : end]
-        drafts.append(("parameters", name, signature, evidence, value))
+        value, last = text[found.end() - 1 : end], line_end(text, end)
+        if last - start <= MAX_QUOTE:
+            evidence = whole_line(text, found.start())[:1] + text[found.start() : last]
+            drafts.append(("parameters", name, text[start:last], evidence, value))
         opened = _DOC_OPEN.match(text, end)
         if not opened:
             continue
         stop = _SENTENCE_END.search(text, opened.end(), opened.end() + MAX_SENTENCE + 3)
         if stop and stop.end() - opened.end() >= 12:
-            copied, sentence = text[start : stop.end()], text[opened.end() : stop.end()]
-            drafts.append(("docstring", name, copied, text[found.start() : stop.end()], sentence))
+            sentence, last = text[opened.end() : stop.end()], line_end(text, stop.end())
+            drafts.append(("docstring", name, text[start:last], text[found.start() : last], sentence))
     return drafts
 
 

@@ -140,7 +140,7 @@ def _chunk(text: str, rng: Random, recipe: PoolRecipe, tokenizer: Tokenizer) -> 
     if len(tokenizer.encode(text)) > recipe.chunk_size:
         return None
     asked += code.questions(text, rng) + prose.questions(text, rng)
-    asked += [_quote(text, rng) for _ in range(recipe.quotes_per_chunk)]
+    asked += [quote for _ in range(recipe.quotes_per_chunk) if (quote := _quote(text, rng))]
     return text, [q for q in asked if text.count(q.evidence) == 1]
 
 
@@ -153,15 +153,19 @@ def _insert(text: str, sentences: Sequence[str], rng: Random) -> str:
     return "".join(lines)
 
 
-_QUOTE = ("Continue: {}", "What comes after this text? {}", "Quote the passage that begins with: {}", "Go on from: {}")
+_QUOTE = ("Continue: {}", "What comes after this text? {}", "Quote the line that begins with: {}", "Go on from: {}")
 
 
-def _quote(text: str, rng: Random) -> Question:
-    """Given the beginning of a passage, go on with it: dense practice in copying."""
-    start = rng.randrange(len(text) // 8, max(len(text) // 8 + 1, len(text) - 160))
-    passage = text[start : start + rng.randint(60, 140)].strip()
-    cue = passage[: rng.randint(16, 32)]
-    return Question("quote", rng.choice(_QUOTE).format(cue), passage, passage, passage, passage, key=cue)
+def _quote(text: str, rng: Random) -> Question | None:
+    """Given the first words of a line, go on to its end: dense practice in copying."""
+    lines = [line.strip() for line in text.splitlines() if 50 <= len(line.strip()) <= 200]
+    if not lines:
+        return None
+    line = rng.choice(lines)
+    cue = line[: line.find(" ", rng.randint(14, 28))].strip()
+    if not 14 <= len(cue) <= len(line) - 16:
+        return None
+    return Question("quote", rng.choice(_QUOTE).format(cue), line, line, line, line, key=cue)
 
 
 class _Writer:

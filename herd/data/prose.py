@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from random import Random
 
+from herd.data.lines import line_end
 from herd.data.phrasings import PROSE
 from herd.data.question import Question
 
@@ -38,11 +39,11 @@ def questions(chunk_text: str, rng: Random, split: str = "train") -> list[Questi
 
 
 def _quote(text: str, start: int, body: int) -> tuple[str, str]:
-    """(quote from `start`, sentence from `body`) up to the end of the sentence at `body`; empty if it is too long."""
+    """(quote from `start` to the end of its last line, sentence at `body` in it); empty if it is too long."""
     found = _END.search(text, body, min(len(text), start + MAX_QUOTE))
     if found is None or found.end() - body < 15:
         return "", ""
-    return text[start : found.end()], text[body : found.end()]
+    return text[start : line_end(text, found.end())], text[body : found.end()]
 
 
 def _options(text: str) -> list[tuple[str, str, str, str]]:

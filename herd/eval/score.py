@@ -1,12 +1,13 @@
 """When an answer counts as exact. Runs of blanks and line breaks compare equal everywhere; nothing else is forgiven.
 
-An answer is exact if, stripped, it equals the expected answer, or if its *value slot* equals the expected value:
+An answer is exact if, stripped, it equals the expected answer, or if its *value slot* equals the expected value, alone
+or with the rest of the line that the answer quotes:
 
 - constant: the text after the last ` = ` (for C, after `NAME `);
 - parameters: the text from the first `(` to the end, and the name stands before it;
 - class: the text after the last `in class `, without a full stop at its end;
-- docstring, option, definition: the text after the signature or headword, that is, the answer ends with the value;
-- fact: the end of the answer, with what follows the value in the quoted line.
+- docstring, option, definition: the end of the answer, and the name stands before it;
+- fact: the same, always with the rest of the line.
 """
 
 from __future__ import annotations
@@ -30,28 +31,33 @@ def exact(answer: str, question: Question) -> bool:
         return True
     if says_absent(answer):
         return False
-    slot = _slot(given, question)
-    return slot == value or slot.removesuffix(".") == value.removesuffix(".")
+    expected = squeeze(question.answer)
+    at = expected.find(value, expected.find(question.key) + len(question.key))
+    quoted = expected[at:]  # the value with the rest of its line
+    slot = _slot(given, question, value, quoted)
+    return slot in (value, quoted) or slot.removesuffix(".") == value.removesuffix(".")
 
 
-def _slot(given: str, question: Question) -> str:
+def _slot(given: str, question: Question, value: str, quoted: str) -> str:
     family, key = question.family, question.key
     if family == "parameters":
         at = given.find("(")
         return given[at:] if at >= 0 and given[:at].endswith(key) else ""
     if family == "class":
         return given.rpartition("in class ")[2] if "in class " in given else ""
-    if family in ("docstring", "option", "definition"):
-        value = squeeze(question.value)
-        return value if given.endswith(value) and key in given else ""
-    if family == "fact":
-        value = squeeze(question.value)
-        end = squeeze(question.answer).rpartition(value)[1:]
-        return value if given.endswith("".join(end)) and key in given else ""
+    if family in ("docstring", "option", "definition", "fact"):
+        ends = (quoted,) if family == "fact" else (quoted, value)
+        return next((end for end in ends if _ends(given, end) and key in given.removesuffix(end)), "")
     found = list(re.finditer(r" = ", given))
     if not found:
         return given.removeprefix("#define ").removeprefix(f"{key} ")
     return given[found[-1].end() :]
+
+
+def _ends(given: str, end: str) -> bool:
+    """Whether a text ends with these words, not just with these letters."""
+    before = given.removesuffix(end)
+    return before != given and not (before[-1:].isalnum() and end[0].isalnum())
 
 
 def lenient(answer: str, question: Question) -> bool:

@@ -11,10 +11,11 @@ from herd.eval import score
 FACT = Question(
     "fact", "?", "The code of Ada (code: 481).", " (code: 481).", "x Ada (code: 481).", "481", "The code of Ada"
 )
-CONSTANT = Question("constant", "?", "LIMIT: int = 5", "LIMIT: int = 5", "\nLIMIT: int = 5\n", "5", "LIMIT")
-PARAMETERS = Question("parameters", "?", "def f(a,\n      b=(1, 2))", "", "", "(a,\n      b=(1, 2))", "f")
+LINE = "LIMIT: int = 5  # not 5 x = 3"
+CONSTANT = Question("constant", "?", LINE, LINE, f"\n{LINE}\n", "5", "LIMIT")
+PARAMETERS = Question("parameters", "?", "def f(a,\n      b=(1, 2)) -> int:", "", "", "(a,\n      b=(1, 2))", "f")
 CLASS = Question("class", "?", "method m in class C", "method m in class C", " method m in class C", "C", "m")
-DOC = Question("docstring", "?", 'def g(a):\n    """Do it.', "", "", "Do it.", "g")
+DOC = Question("docstring", "?", 'def g(a):\n    """Do it. Now."""', "", "", "Do it.", "g")
 
 
 @pytest.mark.parametrize(
@@ -26,15 +27,22 @@ DOC = Question("docstring", "?", 'def g(a):\n    """Do it.', "", "", "Do it.", "
         (FACT, "The code of Ada (code: 4812).", False),
         (FACT, "The code of Ada (code: 481). Or 482.", False),
         (FACT, "The code of Ada is not in the context.", False),
+        (FACT, "The code of Ada has the code: 3481).", False),
         (CONSTANT, "LIMIT = 5", True),
+        (CONSTANT, LINE, True),
+        (CONSTANT, "LIMIT = 5  # not", False),
         (CONSTANT, "LIMIT = 50", False),
         (PARAMETERS, "def f(a, b=(1, 2))", True),
         (PARAMETERS, "f(a, b=(1, 2))", True),
+        (PARAMETERS, "def f(a, b=(1, 2)) -> int:", True),
+        (PARAMETERS, "def f(a, b=(1, 2)) -> str:", False),
         (PARAMETERS, "def f(a, b=1)", False),
         (PARAMETERS, "def other(a, b=(1, 2))", False),
         (CLASS, "method m in class C.", True),
         (CLASS, "method m in class Cat", False),
         (DOC, 'def g(a): """Do it.', True),
+        (DOC, 'def g(a): """Do it. Now."""', True),
+        (DOC, 'def g(a): """Do it. Later."""', False),
         (DOC, 'def g(a): """Do it not.', False),
         (DOC.as_absent(), "g is not in the context.", True),
         (DOC.as_absent(), 'def g(a): """Do it.', False),
