@@ -86,13 +86,14 @@ def _amplify(moe: MoE, above_ND: Tensor, code_NK: Tensor, out_DK: Tensor) -> Non
     up_KD = regress(mixed_ND, copied_NK) * size
     down_DK = out_DK * _AMPLIFIED / _LOUDNESS / _GATE
     even = (down_DK.norm() / up_KD.norm()).sqrt()  # weights of like size train alike
-    K, F = len(up_KD), moe.experts.down_proj.shape[1]
+    F = moe.experts.down_proj.shape[1]
+    K = min(len(up_KD), F)  # narrow experts repeat as much as they can hold
     experts = moe.experts
     experts.gate_up_proj.zero_()
     experts.gate_up_proj[:, :, :K] = gate_1D.T
-    experts.gate_up_proj[:, :, F : F + K] = (up_KD * even).T
+    experts.gate_up_proj[:, :, F : F + K] = (up_KD[:K] * even).T
     experts.down_proj.zero_()
-    experts.down_proj[:, :K] = (down_DK / even).T
+    experts.down_proj[:, :K] = (down_DK[:, :K] / even).T
     moe.router.weight.mul_(_ROUTER)
 
 
