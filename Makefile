@@ -9,12 +9,14 @@ DONE := .venv/done
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 LLAMA_MODELS := 0.3.0
 
-.PHONY: help demo test lint eval setup cria clean
+.PHONY: help demo test lint eval bench sanitize setup cria clean
 
 help:
 	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
 	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
 	@echo 'make eval   measure everything the README states, write eval/*.json and fill in the README (hours)'
+	@echo 'make bench  measure speed beside physical limits, write bench/results (minutes, on a quiet machine)'
+	@echo 'make sanitize  run the tests of the native library with the address and undefined-behaviour sanitizers'
 	@echo 'make cria   set up and build the model, in the cache folder (HERD_HOME)'
 	@echo 'make clean  remove what the targets above made, .venv included'
 
@@ -37,6 +39,14 @@ eval: $(DONE)/dev cria
 	$(BIN)/herd eval perplexity --out eval/perplexity.json
 	$(BIN)/python tools/readme.py
 
+bench: setup
+	@mkdir -p bench/results
+	$(BIN)/python bench/scan.py --tokens 1000000 --reference > bench/results/scan-1M.json
+	$(BIN)/python bench/scan.py --tokens 10000000 > bench/results/scan-10M.json
+
+sanitize: $(DONE)/dev
+	$(BIN)/python tools/sanitize.py
+
 lint: $(DONE)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -53,7 +63,7 @@ $(DONE)/venv:
 	@$(BIN)/python -m pip list >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/run: pyproject.toml | $(DONE)/venv
+$(DONE)/run: pyproject.toml $(wildcard herd/kernels/cpp/*) | $(DONE)/venv
 	@echo 'installing Herd and what it needs'
 	@$(PIP) install --editable .
 	@touch $@

@@ -82,11 +82,15 @@ def find_model(path_or_name: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and the chunks that carried its attention, the heaviest first."""
+    """An answer, and the chunks that carried its attention, the heaviest first.
+
+    missed_mass: at most this share of any token's attention to the context was not read (`herd.context.scan.MISSED`).
+    """
 
     text: str
     citations: tuple[Citation, ...]
     ids: tuple[int, ...]
+    missed_mass: float = 0.0
 
 
 class Context:
@@ -166,6 +170,6 @@ class Context:
         if on_text is not None:
             on_text(text.finish())
         return [
-            Answer(tokenizer.decode(ids), tuple(cite(cache, row, tokenizer)), tuple(ids))
+            Answer(tokenizer.decode(ids), tuple(cite(cache, row, tokenizer)), tuple(ids), float(cache.missed_B[row]))
             for row, ids in enumerate(rows)
         ]

@@ -85,6 +85,7 @@ def _result(answer: "herd.Answer", context: dict[str, Any], timing: dict[str, fl
     return {
         "answer": answer.text,
         "citations": [citation_json(citation) for citation in answer.citations],
+        "missed_mass": answer.missed_mass,
         "context": context,
         "timing": {name: round(value, 3) for name, value in timing.items()},
     }

@@ -38,14 +38,13 @@ def installation() -> dict[str, Any]:
 
     from herd import kernels
 
-    operations = {name: getattr(kernels, name).__module__.rpartition(".")[2] for name in kernels.__all__}
     return {
         "herd": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "operations": operations,
+        "operations": kernels.operations(),
     }
 
 

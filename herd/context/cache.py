@@ -1,7 +1,7 @@
 """The memory of questions asked about a context: the cache seam over a Store and the questions' own tokens.
 
 Shape suffixes: B batch, T tokens, H query heads, G key/value heads, d head_dim, N query tokens, R query rows of one
-key/value head, K blocks of the context, n tokens of a block.
+key/value head, K runs of chunks of the context, n tokens of a chunk.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.context.scan import blocks, scan
+from herd.context.scan import runs, scan
 from herd.context.store import Store
-from herd.kernels import dequantize_kv, merge_partials
+from herd.kernels import Attention, dequantize_kv, merge_partials
 from herd.model import KVCache
 
 
@@ -37,35 +37,37 @@ class ContextCache:
         self.store, self.cfg = store, cfg
         self.start_position = store.end_position
         self._own = KVCache(cfg)
-        self._blocks = blocks(store)
-        # Attention mass per sequence and block is kept; queries are few, so a closer look is computed when asked for.
-        self._mass_BK = torch.zeros(batch, len(self._blocks))
+        self._runs = runs(store)
+        # Attention mass per sequence and run is kept; queries are few, so a closer look is computed when asked for.
+        self._mass_BK = torch.zeros(batch, len(self._runs))
+        self._missed_B = torch.zeros(batch)
         self._looks: list[list[_Look]] = [[] for _ in range(batch)]
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
         """See herd.model.cache.Cache."""
-        if self.cfg.is_local(layer) or not self._blocks:
+        if self.cfg.is_local(layer) or not self._runs:
             return self._own.attend(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         own_BTHd, own_BTH = self._own.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
-        # Not while the question is read: filling fresh memory would delay the first token.
-        found = scan(q_GRd, self._blocks, keep=positions_BT.shape[1] == 1)
+        found = scan(q_GRd, self._runs)
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd
-        self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found.lse_KGR, positions_BT.cpu())
+        self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT.cpu())
         return own_BTHd.to(q_BTHd.dtype)
 
-    def _record(self, q_GRd: Tensor, total_GR: Tensor, lse_KGR: Tensor, positions_BT: Tensor) -> None:
+    def _record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
         real_BT = positions_BT >= 0
         group = q_GRd.shape[1] // int(real_BT.sum())
         ends_B = real_BT.sum(1).cumsum(0)  # tokens are counted sequence after sequence
         for row in real_BT.any(1).nonzero().flatten().tolist():
-            last = int(ends_B[row]) - 1
-            mine = slice(last * group, (last + 1) * group)
-            self._mass_BK[row] += torch.exp(lse_KGR[:, :, mine] - total_GR[:, mine]).mean((1, 2))
+            end = int(ends_B[row])
+            mine = slice((end - 1) * group, end * group)
+            all_of_it = slice((end - int(real_BT[row].sum())) * group, end * group)
+            self._mass_BK[row] += torch.exp(found.lse_KGR[:, :, mine] - total_GR[:, mine]).mean((1, 2))
+            self._missed_B[row] = self._missed_B[row].maximum(found.left_out_GR[:, all_of_it].max())
             self._looks[row].append(_Look(q_GRd[:, mine].float(), total_GR[:, mine]))
 
     @property
@@ -73,11 +75,16 @@ class ContextCache:
         """Attention that all of the context received, summed over the looks of each sequence, averaged over heads."""
         return self._mass_BK.sum(1)
 
+    @property
+    def missed_B(self) -> Tensor:
+        """The most of any query's attention to the context whose values were left out, for each sequence."""
+        return self._missed_B
+
     def chunk_mass(self, row: int, at_least: float) -> dict[int, float]:
-        """Attention of each live chunk of the blocks that received at least this much; the heaviest block always."""
+        """Attention of each live chunk of the runs that received at least this much; the heaviest block always."""
         mass_K = self._mass_BK[row]
         chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
-        return {chunk: float(self.token_mass(row, chunk).sum()) for k in chosen for chunk in self._blocks[k].chunks}
+        return {chunk: float(self.token_mass(row, chunk).sum()) for k in chosen for chunk in self._runs[k].chunks}
 
     def token_mass(self, row: int, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received."""

@@ -1,10 +1,14 @@
 """Plain PyTorch definitions of the hot operations, for any device; native versions must agree with these.
 
 Shape suffixes: B batch, T queries, S keys, N tokens of all sequences, D hidden, F expert width, E experts,
-H query heads, G key/value heads (H = G * group), d head_dim.
+H query heads, G key/value heads (H = G * group), d head_dim, K parts of a context, R query rows of one key/value
+head.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +89,48 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.to(torch.float32) * scale.float().unsqueeze(-1)).to(dtype)
+
+
+class Part(Protocol):
+    """Keys and values [G, N, d] of some tokens: int8 with float16 scales [G, N], or float32 without."""
+
+    @property
+    def k_GNd(self) -> Tensor: ...
+    @property
+    def v_GNd(self) -> Tensor: ...
+    @property
+    def k_scale_GN(self) -> Tensor | None: ...
+    @property
+    def v_scale_GN(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Float32 results of `attend_parts`: out, log-denominators of all tokens and of each part, and the share of the
+    softmax whose values were left out."""
+
+    out_GRd: Tensor
+    lse_GR: Tensor
+    lse_KGR: Tensor
+    left_out_GR: Tensor
+
+
+def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
+    """Softmax attention of q, already scaled, over all tokens of all parts; every query sees every token.
+
+    Values may be left out whose shares of the softmax are together below `missed`; here none are.
+    """
+    G, R, _ = q_GRd.shape
+    out_GRd, lse_GR = torch.zeros(q_GRd.shape), torch.full((G, R), -math.inf)
+    lses = []
+    for part in parts:
+        k_GNd, v_GNd = (_plain(part.k_GNd, part.k_scale_GN), _plain(part.v_GNd, part.v_scale_GN))
+        logits_GRN = q_GRd.float() @ k_GNd.transpose(1, 2)
+        lses.append(logits_GRN.logsumexp(-1))
+        part_out_GRd = logits_GRN.softmax(-1) @ v_GNd
+        out_GRd, lse_GR = merge_partials([(out_GRd, lse_GR), (part_out_GRd, lses[-1])])
+    return Attention(out_GRd, lse_GR, torch.stack(lses), torch.zeros(G, R))
+
+
+def _plain(x_GNd: Tensor, scale_GN: Tensor | None) -> Tensor:
+    return x_GNd.float() if scale_GN is None else dequantize_kv(x_GNd, scale_GN, torch.float32)

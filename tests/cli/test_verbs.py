@@ -57,7 +57,7 @@ def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, 
     context = notes.parent / "ctx"
     args = ("ask", "What is the code?", notes, "--context", context, "--model", tiny_model, "--max-tokens", 4, "--json")
     first = run_json(capsys, *args)
-    assert list(first) == ["answer", "citations", "context", "timing"]
+    assert list(first) == ["answer", "citations", "missed_mass", "context", "timing"]
     assert list(first["timing"]) == ["read_s", "first_token_s", "answer_s", "read_tokens_per_s"]
     assert {"dir", "tokens", "sources", "read_tokens", "reused_tokens", "skipped"} == set(first["context"])
     assert first["context"]["sources"] == 2 and first["context"]["read_tokens"] == first["context"]["tokens"] > 0
@@ -161,7 +161,8 @@ def test_info(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
     tiny = run_json(capsys, "info", tiny_model, "--json")
     assert tiny["layer_map"] == "ld GE ld" and tiny["weight_bytes"] >= 4 * tiny["parameters"]
     here = run_json(capsys, "info", "--json")
-    assert here["torch"].startswith("2.13") and set(here["operations"].values()) == {"reference"}
+    assert here["torch"].startswith("2.13")
+    assert here["operations"]["attend_parts"].startswith(("native (", "reference ("))
     assert run(["info", "scout"]) == 0
     assert "107,769,861,120" in capsys.readouterr().out
 

@@ -1,0 +1,84 @@
+"""Attention of one token over a context of Cria's shape, beside the time to read its keys from memory.
+
+    python bench/scan.py [--tokens 1000000] [--reference] > bench/results/scan.json
+
+Keys and values are random; queries are near one of the keys (as a look that found something) or near none (so that
+values of many tokens must be read).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from herd import kernels
+
+HEADS, GROUP, DIM = 3, 3, 64
+PART = 8192
+
+
+@dataclass
+class Part:
+    k_GNd: Tensor
+    v_GNd: Tensor
+    k_scale_GN: Tensor
+    v_scale_GN: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--reference", action="store_true", help="also time the reference (slow)")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    parts = [random_part(min(PART, options.tokens - i)) for i in range(0, options.tokens, PART)]
+    found = parts[0].k_GNd[:, :1].float() * 1e-3
+    found = found.expand(-1, GROUP, -1) * 20 / (found.norm(dim=-1, keepdim=True) ** 2)
+    near_none = torch.randn(HEADS, GROUP, DIM) * 0.1
+    key_bytes = sum(p.k_GNd.numel() + 2 * p.k_scale_GN.numel() for p in parts)
+    read = median_seconds(lambda: [p.k_GNd.view(torch.int64).sum() for p in parts])
+    rows = {"found": found, "near none": near_none}
+    result: dict[str, Any] = {
+        "command": f"python bench/scan.py --tokens {options.tokens}" + " --reference" * options.reference,
+        "implementation": kernels.implementation(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "tokens": options.tokens,
+        "read_keys_s": round(read, 4),
+        "read_keys_gb_per_s": round(key_bytes / read / 1e9, 2),
+    }
+    for name, q_GRd in rows.items():
+        seconds = median_seconds(lambda q=q_GRd: kernels.attend_parts(q, parts, 1e-3))
+        missed = float(kernels.attend_parts(q_GRd, parts, 1e-3).left_out_GR.max())
+        row = {"seconds": round(seconds, 4), "share_of_read": round(read / seconds, 3), "left_out": missed}
+        if options.reference:
+            slow = median_seconds(lambda q=q_GRd: kernels.reference.attend_parts(q, parts, 0.0), 3)
+            row["times_faster_than_reference"] = round(slow / seconds, 1)
+        result[name] = row
+    print(json.dumps(result, indent=1))
+
+
+def random_part(tokens: int) -> Part:
+    k, v = (torch.randint(-127, 128, (HEADS, tokens, DIM), dtype=torch.int8) for _ in range(2))
+    return Part(k, v, torch.full((HEADS, tokens), 1e-3).half(), torch.full((HEADS, tokens), 1e-3).half())
+
+
+def median_seconds(call: Callable[[], Any], times: int = 7) -> float:
+    call()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+// The operations, each compiled once for each instruction set. dispatch.cpp chooses one set when the library is loaded.
+#pragma once
+#include <cstdint>
+
+#define HERD_JOIN_(name, level) name##_##level
+#define HERD_JOIN(name, level) HERD_JOIN_(name, level)
+#define HERD_NAME(name) HERD_JOIN(name, HERD_LEVEL)
+
+namespace herd {
+
+// Keys and values [count, d] of one head, int8 with float16 scales.
+struct Tokens {
+  const int8_t *keys, *values;
+  const uint16_t *key_scale, *value_scale;
+  int64_t count;
+};
+
+// Attention of q [G, R, d], already scaled, over tokens [K, G]; d is a multiple of 64, at most 256. Results are
+// float32: out [G, R, d], log-denominators lse [G, R] and of each part [K, G, R], and the shares of the softmax whose
+// values were left out [G, R], each below `missed`.
+using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const Tokens*, int64_t K, float missed,
+                        int64_t threads, float* out, float* lse, float* part_lse, float* left_out);
+
+struct Ops {
+  const char* name;
+  Attend attend;
+};
+
+}  // namespace herd

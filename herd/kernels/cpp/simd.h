@@ -1,0 +1,264 @@
+// 16 lanes of int32 or float32 for the instruction set that this file is compiled for.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace herd {
+namespace {
+
+#if defined(__AVX512VNNI__)
+
+struct Int16 {
+  __m512i v;
+};
+struct Float16 {
+  __m512 v;
+};
+inline Int16 zero_int() { return {_mm512_setzero_si512()}; }
+inline Float16 zero_float() { return {_mm512_setzero_ps()}; }
+inline Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Float16 a) { _mm512_storeu_ps(p, a.v); }
+inline Float16 to_float(Int16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Int16 subtract(Int16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+inline Float16 fma(Float16 a, Float16 b, Float16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Float16 times(Float16 a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
+inline Float16 multiply(Float16 a, Float16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+
+// 16 outputs times 4 inputs of weights, as unsigned bytes.
+struct Bytes {
+  __m512i v;
+};
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
+  return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x4))};
+}
+
+#elif defined(__AVX2__)
+
+struct Int16 {
+  __m256i a, b;
+};
+struct Float16 {
+  __m256 a, b;
+};
+inline Int16 zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Float16 zero_float() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Float16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline Float16 to_float(Int16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Int16 subtract(Int16 x, int32_t y) {
+  const __m256i all = _mm256_set1_epi32(y);
+  return {_mm256_sub_epi32(x.a, all), _mm256_sub_epi32(x.b, all)};
+}
+inline Float16 fma(Float16 x, Float16 y, Float16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Float16 times(Float16 x, float y) {
+  return {_mm256_mul_ps(x.a, _mm256_set1_ps(y)), _mm256_mul_ps(x.b, _mm256_set1_ps(y))};
+}
+
+inline Float16 multiply(Float16 x, Float16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+
+struct Bytes {
+  __m256i a, b;
+};
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+inline Bytes high_nibbles(Bytes x) {
+  return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+}
+// Even and odd bytes apart, as 16-bit numbers: the instruction that takes bytes would saturate.
+inline __m256i dot_half(__m256i acc, __m256i w, __m256i even, __m256i odd) {
+  const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(255)), w_odd = _mm256_srli_epi16(w, 8);
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, even));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, odd));
+}
+inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
+  const __m256i x = _mm256_set1_epi32(x4);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
+  return {dot_half(acc.a, w.a, even, odd), dot_half(acc.b, w.b, even, odd)};
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+struct Int16 {
+  int32x4_t v[4];
+};
+struct Float16 {
+  float32x4_t v[4];
+};
+struct Bytes {
+  uint8x16_t v[4];
+};
+inline Int16 zero_int() {
+  const int32x4_t z = vdupq_n_s32(0);
+  return {{z, z, z, z}};
+}
+inline Float16 zero_float() {
+  const float32x4_t z = vdupq_n_f32(0);
+  return {{z, z, z, z}};
+}
+inline Float16 load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+inline void store(float* p, Float16 x) {
+  for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, x.v[i]);
+}
+inline Float16 to_float(Int16 x) {
+  return {{vcvtq_f32_s32(x.v[0]), vcvtq_f32_s32(x.v[1]), vcvtq_f32_s32(x.v[2]), vcvtq_f32_s32(x.v[3])}};
+}
+inline Int16 subtract(Int16 x, int32_t y) {
+  for (int i = 0; i < 4; i++) x.v[i] = vsubq_s32(x.v[i], vdupq_n_s32(y));
+  return x;
+}
+inline Float16 fma(Float16 x, Float16 y, Float16 z) {
+  for (int i = 0; i < 4; i++) z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]);
+  return z;
+}
+inline Float16 times(Float16 x, float y) {
+  for (int i = 0; i < 4; i++) x.v[i] = vmulq_n_f32(x.v[i], y);
+  return x;
+}
+inline Float16 multiply(Float16 x, Float16 y) {
+  for (int i = 0; i < 4; i++) x.v[i] = vmulq_f32(x.v[i], y.v[i]);
+  return x;
+}
+inline Bytes load_bytes(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+inline Bytes low_nibbles(Bytes x) {
+  for (int i = 0; i < 4; i++) x.v[i] = vandq_u8(x.v[i], vdupq_n_u8(15));
+  return x;
+}
+inline Bytes high_nibbles(Bytes x) {
+  for (int i = 0; i < 4; i++) x.v[i] = vshrq_n_u8(x.v[i], 4);
+  return x;
+}
+// The instruction multiplies signed bytes: take 128 away first, and add what that misses.
+inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
+  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(x4));
+  const int32x4_t missed = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), x, vdupq_n_s8(1)), 7);
+  for (int i = 0; i < 4; i++) {
+    const int8x16_t centred = vreinterpretq_s8_u8(veorq_u8(w.v[i], vdupq_n_u8(128)));
+    acc.v[i] = vaddq_s32(vdotq_s32(acc.v[i], centred, x), missed);
+  }
+  return acc;
+}
+
+#else
+
+struct Int16 {
+  int32_t v[16];
+};
+struct Float16 {
+  float v[16];
+};
+struct Bytes {
+  uint8_t v[64];
+};
+inline Int16 zero_int() { return {}; }
+inline Float16 zero_float() { return {}; }
+inline Float16 load(const float* p) {
+  Float16 x;
+  std::memcpy(x.v, p, sizeof x.v);
+  return x;
+}
+inline void store(float* p, Float16 x) { std::memcpy(p, x.v, sizeof x.v); }
+inline Float16 to_float(Int16 x) {
+  Float16 y;
+  for (int i = 0; i < 16; i++) y.v[i] = (float)x.v[i];
+  return y;
+}
+inline Int16 subtract(Int16 x, int32_t y) {
+  for (int i = 0; i < 16; i++) x.v[i] -= y;
+  return x;
+}
+inline Float16 fma(Float16 x, Float16 y, Float16 z) {
+  for (int i = 0; i < 16; i++) z.v[i] += x.v[i] * y.v[i];
+  return z;
+}
+inline Float16 times(Float16 x, float y) {
+  for (int i = 0; i < 16; i++) x.v[i] *= y;
+  return x;
+}
+inline Float16 multiply(Float16 x, Float16 y) {
+  for (int i = 0; i < 16; i++) x.v[i] *= y.v[i];
+  return x;
+}
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes x;
+  std::memcpy(x.v, p, sizeof x.v);
+  return x;
+}
+inline Bytes low_nibbles(Bytes x) {
+  for (int i = 0; i < 64; i++) x.v[i] &= 15;
+  return x;
+}
+inline Bytes high_nibbles(Bytes x) {
+  for (int i = 0; i < 64; i++) x.v[i] >>= 4;
+  return x;
+}
+inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
+  int8_t x[4];
+  std::memcpy(x, &x4, 4);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 4; j++) acc.v[i] += (int32_t)w.v[4 * i + j] * x[j];
+  return acc;
+}
+
+#endif
+
+// Keys of 16 tokens [16, d] as bytes of weights: four dimensions of all 16 tokens, then the next four; 128 added.
+#if defined(__AVX512VNNI__)
+inline void transpose_keys(const int8_t* keys, int64_t d, uint8_t* to) {
+  const __m512i flip = _mm512_set1_epi8((char)128);
+  for (int64_t from = 0; from < d; from += 64) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + i * d + from), flip);
+    for (int i = 0; i < 16; i += 2) {  // pairs of tokens
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // fours
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // eights, then all
+      const __m512i even_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+      const __m512i even_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+      const __m512i odd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+      b[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+      b[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+      b[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+      b[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (from / 4 + i) * 64, b[i]);
+  }
+}
+#else
+inline void transpose_keys(const int8_t* keys, int64_t d, uint8_t* to) {
+  for (int64_t i = 0; i < d / 4; i++)
+    for (int64_t n = 0; n < 16; n++) {
+      uint32_t four;
+      std::memcpy(&four, keys + n * d + 4 * i, 4);
+      four ^= 0x80808080u;
+      std::memcpy(to + (i * 16 + n) * 4, &four, 4);
+    }
+}
+#endif
+
+}  // namespace
+}  // namespace herd

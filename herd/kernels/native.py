@@ -1,0 +1,70 @@
+"""Operations in C++ (cpp/), for CPUs: loaded with ctypes, one instruction set chosen for this machine."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from herd.kernels.reference import Attention, Part
+
+_P, _I64 = ctypes.c_void_p, ctypes.c_int64
+_WIDEST = 256  # head_dim, a multiple of 64
+
+
+class _Tokens(ctypes.Structure):
+    """As in levels.h."""
+
+    _fields_ = (("keys", _P), ("values", _P), ("key_scale", _P), ("value_scale", _P), ("count", _I64))
+
+
+def find() -> str | None:
+    """Where the library is: beside this file or, from an editable install, where the package's import hook knows."""
+    found = importlib.util.find_spec("herd.kernels.herd_kernels")
+    return None if found is None else found.origin
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its instruction set, or None and the reason."""
+    path = find()
+    if path is None:
+        return None, "not built: there was no C++ compiler at installation"
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        return None, f"cannot be loaded: {error}"
+    library.herd_level.restype = ctypes.c_char_p
+    library.herd_use_level.argtypes = (ctypes.c_char_p,)
+    library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _I64, _P, _P, _P, _P)
+    return library, library.herd_level().decode()
+
+
+def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether `attend_parts` can do this: int8 on the CPU, head_dim a multiple of 64."""
+    d = q_GRd.shape[-1]
+    return d % 64 == 0 and d <= _WIDEST and all(part.k_GNd.dtype == torch.int8 for part in parts)
+
+
+def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
+    """As `reference.attend_parts`. Queries count as two int8 numbers each: logits differ by less than 2e-5 |q| |k|."""
+    library, why = load()
+    assert library is not None, why
+    (G, R, d), K = q_GRd.shape, len(parts)
+    q_GRd = q_GRd.float().contiguous()
+    tokens = (_Tokens * (K * G))(*(head for part in parts for head in _heads(part)))
+    out_GRd, lse_GR = torch.empty(G, R, d), torch.empty(G, R)
+    lse_KGR, left_out_GR = torch.empty(K, G, R), torch.empty(G, R)
+    results = (x.data_ptr() for x in (out_GRd, lse_GR, lse_KGR, left_out_GR))
+    library.herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, torch.get_num_threads(), *results)
+    return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
+
+
+def _heads(part: Part) -> list[_Tokens]:
+    assert part.k_scale_GN is not None and part.v_scale_GN is not None
+    arrays = (part.k_GNd, part.v_GNd, part.k_scale_GN, part.v_scale_GN)
+    assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
+    N = part.k_GNd.shape[1]
+    return [_Tokens(*(a[g].data_ptr() for a in arrays), N) for g in range(len(part.k_GNd))]

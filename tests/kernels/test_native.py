@@ -1,0 +1,129 @@
+"""The native library against the reference, for every instruction set that this machine has."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from herd import kernels
+from herd.errors import ConfigError
+from herd.kernels import native, quantize_kv, reference
+
+library, level = native.load()
+pytestmark = pytest.mark.skipif(library is None, reason=level)
+fast = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@dataclass
+class Part:
+    k_GNd: Tensor
+    v_GNd: Tensor
+    k_scale_GN: Tensor
+    v_scale_GN: Tensor
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "neon"], autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not library.herd_use_level(request.param.encode()):
+        pytest.skip(f"not an instruction set of this machine: {request.param}")
+    yield
+    library.herd_use_level(level.encode())
+
+
+def part(k_GNd: Tensor, v_GNd: Tensor) -> Part:
+    (k, k_scale), (v, v_scale) = quantize_kv(k_GNd), quantize_kv(v_GNd)
+    return Part(k, v, k_scale, v_scale)
+
+
+def random_parts(counts: list[int], G: int = 2, d: int = 64, scale: float = 1.0, seed: int = 0) -> list[Part]:
+    generator = torch.Generator().manual_seed(seed)
+    return [part(*torch.randn(2, G, n, d, generator=generator).mul(scale)) for n in counts]
+
+
+def compare(q_GRd: Tensor, parts: list[Part], missed: float = 1e-3) -> None:
+    """Native equals the reference but for what it says that it left out."""
+    assert native.takes(q_GRd, parts)
+    ours, exact = native.attend_parts(q_GRd, parts, missed), reference.attend_parts(q_GRd, parts, 0.0)
+    longest = max(float((p.k_GNd.float().norm(dim=-1) * p.k_scale_GN).max()) for p in parts)
+    error = 2e-5 * float(q_GRd.float().norm(dim=-1).max()) * longest + 1e-5
+    value = max(float(p.v_GNd.abs().max() * p.v_scale_GN.max()) for p in parts)
+    assert float(ours.left_out_GR.max()) <= missed
+    torch.testing.assert_close(ours.lse_GR, exact.lse_GR, rtol=1e-5, atol=error)
+    torch.testing.assert_close(ours.lse_KGR, exact.lse_KGR, rtol=1e-5, atol=error)
+    off_GR = (ours.out_GRd - exact.out_GRd).abs().amax(-1)
+    assert (off_GR <= value * (ours.left_out_GR + 2 * error + 1e-5)).all()
+
+
+@fast
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    st.sampled_from([1, 3, 20]),
+    st.sampled_from([64, 128, 256]),
+    st.sampled_from([0.0, 0.1, 1.0, 4.0]),
+)
+def test_attention_of_any_size(counts: list[int], rows: int, d: int, scale: float) -> None:
+    q_GRd = torch.randn(2, rows, d, generator=torch.Generator().manual_seed(1)) * scale / math.sqrt(d)
+    compare(q_GRd, random_parts(counts, d=d, scale=2.0))
+
+
+def test_parts_of_a_longer_array() -> None:
+    (whole,) = random_parts([1000], G=3)
+    views = [
+        Part(whole.k_GNd[:, a:b], whole.v_GNd[:, a:b], whole.k_scale_GN[:, a:b], whole.v_scale_GN[:, a:b])
+        for a, b in ((0, 17), (500, 999), (999, 1000))
+    ]
+    compare(torch.randn(3, 2, 64), views)
+
+
+@pytest.mark.parametrize("missed", [1e-6, 1e-3, 0.1])
+def test_what_is_left_out_is_never_more_than_allowed(missed: float) -> None:
+    """Keys all alike; one that takes everything, at the end; a ladder; many far ones that add up."""
+    for kind in ("alike", "last", "ladder", "crowd"):
+        key = torch.randn(64, generator=torch.Generator().manual_seed(2))
+        height = {
+            "alike": torch.zeros(4000),
+            "last": torch.cat([torch.zeros(3999), torch.ones(1)]) * 30,
+            "ladder": torch.linspace(0, 30, 4000),
+            "crowd": torch.cat([torch.full((10,), 9.0), torch.zeros(3990)]),
+        }[kind]
+        k_GNd = (height / key.pow(2).sum())[None, :, None] * key
+        parts = [part(keys_GNd, torch.randn(keys_GNd.shape)) for keys_GNd in k_GNd.split(900, 1)]
+        compare(key.expand(1, 2, -1), parts, missed)
+
+
+def test_values_that_do_not_matter_are_not_read() -> None:
+    parts = random_parts([512], G=1)
+    needed = parts[0].k_GNd[:, 100].float() * parts[0].k_scale_GN[:, 100].float()
+    q_GRd = needed[:, None] * 2
+    before = native.attend_parts(q_GRd, parts, 1e-3)
+    parts[0].v_GNd[:, :100], parts[0].v_GNd[:, 101:] = 0, 0
+    assert torch.equal(native.attend_parts(q_GRd, parts, 1e-3).out_GRd, before.out_GRd)
+    assert 0 < float(before.left_out_GR) < 1e-3
+
+
+def test_extreme_numbers() -> None:
+    parts = random_parts([40], scale=300.0)
+    for q_GRd in (torch.zeros(2, 1, 64), torch.full((2, 1, 64), 1e4), -torch.full((2, 1, 64), 1e4)):
+        found = native.attend_parts(q_GRd, parts, 1e-3)
+        assert all(x.isfinite().all() for x in vars(found).values())
+
+
+def test_what_it_does_not_take_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd, narrow = random_parts([9], d=8), torch.randn(2, 1, 8)
+    assert not native.takes(narrow, odd)
+    expected = reference.attend_parts(narrow, odd, 0.0)
+    torch.testing.assert_close(kernels.attend_parts(narrow, odd, 1e-3).out_GRd, expected.out_GRd)
+
+
+def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.implementation().startswith("native (")
+    monkeypatch.setenv("HERD_KERNELS", "reference")
+    assert kernels.implementation() == "reference (HERD_KERNELS)"
+    monkeypatch.setenv("HERD_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="'fast'; it can be reference or native"):
+        kernels.implementation()

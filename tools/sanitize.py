@@ -1,0 +1,34 @@
+"""Build the native library with the address and undefined-behaviour sanitizers, and run its tests on that build.
+
+Usage: python tools/sanitize.py (needs cmake and a compiler with both; `make sanitize`)
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+TESTS = """
+import sys, pytest
+from herd.kernels import native
+native.find = lambda: sys.argv[1]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/kernels/test_native.py"]))
+"""
+
+
+def main() -> None:
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+    source = ROOT / "herd" / "kernels" / "cpp"
+    subprocess.run(["cmake", "-S", source, "-B", BUILD, f"-DCMAKE_CXX_FLAGS={flags}"], check=True)
+    subprocess.run(["cmake", "--build", BUILD, "--parallel"], check=True)
+    # The sanitizer's own library has to be there before Python itself. Python's leaks at exit are not ours.
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    os.chdir(ROOT)
+    os.execve(sys.executable, [sys.executable, "-c", TESTS, str(BUILD / "herd_kernels.so")], environment)
+
+
+if __name__ == "__main__":
+    main()
