@@ -23,17 +23,22 @@ from herd.kernels.reference import (
     swiglu,
 )
 
+Weight = reference.PlainWeight | native.PackedWeight
+
 __all__ = [
     "Attention",
     "Part",
+    "Weight",
     "apply_rope",
     "attend",
     "attend_parts",
     "dequantize_kv",
     "expert_mlp",
     "implementation",
+    "linear",
     "merge_partials",
     "operations",
+    "pack",
     "quantize_kv",
     "rms_norm",
     "swiglu",
@@ -61,10 +66,23 @@ def implementation() -> str:
 def operations() -> dict[str, str]:
     """What each hot operation is done by, and why."""
     names = ("apply_rope", "attend", "expert_mlp", "merge_partials", "quantize_kv", "rms_norm", "swiglu")
-    return {"attend_parts": implementation(), **dict.fromkeys(names, "reference (no native version)")}
+    return {
+        **dict.fromkeys(("attend_parts", "linear", "pack"), implementation()),
+        **dict.fromkeys(names, "reference (no native version)"),
+    }
 
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
     """See `reference.attend_parts`."""
     use = native if implementation().startswith("native") and native.takes(q_GRd, parts) else reference
     return use.attend_parts(q_GRd, parts, missed)
+
+
+def pack(w_NK: Tensor, bits: int, group: int) -> Weight:
+    """See `reference.pack`. A weight stays with the implementation that packed it."""
+    return (native if implementation().startswith("native") else reference).pack(w_NK, bits, group)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """See `reference.linear`."""
+    return native.linear(x, weight) if isinstance(weight, native.PackedWeight) else reference.linear(x, weight)

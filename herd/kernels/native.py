@@ -4,14 +4,18 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from herd.kernels import reference
 from herd.kernels.reference import Attention, Part
 
-_P, _I64 = ctypes.c_void_p, ctypes.c_int64
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WIDEST = 256  # head_dim, a multiple of 64
+_PANEL = 32  # outputs that are packed together (levels.h)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Tokens(ctypes.Structure):
@@ -26,6 +30,23 @@ def find() -> str | None:
     return None if found is None else found.origin
 
 
+class _Weight(ctypes.Structure):
+    """As in levels.h."""
+
+    _fields_ = (("packed", _P), ("scale", _P), ("N", _I64), ("K", _I64), ("group", _I32), ("bits", _I32))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] in the library's order, with float32 scales [K / group, N rounded up]."""
+
+    packed: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    group: int
+    bits: int
+
+
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library and its instruction set, or None and the reason."""
@@ -38,6 +59,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"cannot be loaded: {error}"
     library.herd_level.restype = ctypes.c_char_p
     library.herd_use_level.argtypes = (ctypes.c_char_p,)
+    library.herd_pack.argtypes = (_P, _I64, _I64, _I32, _P)
+    library.herd_linear.argtypes = (ctypes.POINTER(_Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _I64, _P, _P, _P, _P)
     return library, library.herd_level().decode()
 
@@ -68,3 +91,28 @@ def _heads(part: Part) -> list[_Tokens]:
     assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
     N = part.k_GNd.shape[1]
     return [_Tokens(*(a[g].data_ptr() for a in arrays), N) for g in range(len(part.k_GNd))]
+
+
+def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
+    """As `reference.pack`."""
+    library, why = load()
+    assert library is not None, why
+    plain = reference.pack(w_NK, bits, group)
+    N, K = plain.q_NK.shape
+    width = -(-N // _PANEL) * _PANEL
+    packed = torch.empty(width * K * bits // 8, dtype=torch.uint8)
+    library.herd_pack(plain.q_NK.data_ptr(), N, K, bits, packed.data_ptr())
+    return PackedWeight(packed, nn.functional.pad(plain.scale_gN, (0, width - N)), (N, K), group, bits)
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """As `reference.linear`."""
+    library, why = load()
+    assert library is not None, why
+    (N, K), x_MK = weight.shape, x.flatten(0, -2).contiguous()
+    assert x_MK.shape[1] == K and x.device.type == "cpu", (x.shape, weight.shape, x.device)
+    out_MN = x_MK.new_empty(len(x_MK), N)
+    w = _Weight(weight.packed.data_ptr(), weight.scale.data_ptr(), N, K, weight.group, weight.bits)
+    kind, threads = _TYPES[x.dtype], torch.get_num_threads()
+    library.herd_linear(ctypes.byref(w), x_MK.data_ptr(), K, len(x_MK), out_MN.data_ptr(), N, kind, threads)
+    return out_MN.unflatten(0, x.shape[:-1])

@@ -134,3 +134,36 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attenti
 
 def _plain(x_GNd: Tensor, scale_GN: Tensor | None) -> Tensor:
     return x_GNd.float() if scale_GN is None else dequantize_kv(x_GNd, scale_GN, torch.float32)
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A weight [N, K] as int8 numbers, with float32 scales [K / group, N] over groups of inputs."""
+
+    q_NK: Tensor
+    scale_gN: Tensor
+
+
+def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
+    """A weight quantised for `linear`, symmetric: 8 bits from -127 to 127, 4 bits from -8 to 7 (spec §7).
+
+    K is a multiple of group, and that of 8.
+    """
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    w_NgK = w_NK.float().unflatten(1, (-1, group))
+    scale_Ng = w_NgK.abs().amax(-1).clamp(min=1e-6) / -low
+    q_NgK = (w_NgK / scale_Ng.unsqueeze(-1)).round().clamp(low, high)
+    return PlainWeight(q_NgK.flatten(1).to(torch.int8).contiguous(), scale_Ng.T.contiguous())
+
+
+def linear(x: Tensor, weight: PlainWeight) -> Tensor:
+    """x [..., K] times weight^T, [..., N] in x's type. Each row is quantised to int8 over the same groups of inputs."""
+    groups = len(weight.scale_gN)
+    x_MgK = x.flatten(0, -2).float().unflatten(1, (groups, -1))
+    most_Mg1 = x_MgK.abs().amax(-1, keepdim=True)
+    # Not 127 / most, which torch computes as a reciprocal times 127: another number, and ties are frequent in bfloat16.
+    inverse_Mg1 = (torch.tensor(127.0) / most_Mg1).nan_to_num(posinf=0.0)
+    q_gMK = (x_MgK * inverse_Mg1).round().transpose(0, 1)
+    w_gKN = weight.q_NK.float().unflatten(1, (groups, -1)).permute(1, 2, 0)
+    out_MN = (q_gMK @ w_gKN * (most_Mg1 / 127).transpose(0, 1) * weight.scale_gN.unsqueeze(1)).sum(0)
+    return out_MN.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -32,6 +32,9 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=cfg.initializer_range)
         nn.init.normal_(self.down_proj, std=cfg.initializer_range)
 
+    def forward(self, x_ND: Tensor, expert_N: Tensor) -> Tensor:
+        return expert_mlp(x_ND, expert_N, self.gate_up_proj, self.down_proj)
+
 
 class MoE(nn.Module):
     def __init__(self, cfg: TextConfig) -> None:
@@ -47,6 +50,6 @@ class MoE(nn.Module):
         score_NK = torch.sigmoid(logits_NK.float()).to(x.dtype)
         # The score multiplies the expert's input, not its output: through SwiGLU that is not the same (spec §3.1).
         routed_ND = (score_NK.unsqueeze(-1) * x_ND.unsqueeze(1)).flatten(0, 1)
-        out_ND = expert_mlp(routed_ND, expert_NK.flatten(), self.experts.gate_up_proj, self.experts.down_proj)
+        out_ND = self.experts(routed_ND, expert_NK.flatten())
         out_ND = out_ND.unflatten(0, (-1, self.top_k)).sum(1)
         return self.shared_expert(x) + out_ND.view_as(x)

@@ -127,3 +127,39 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERD_KERNELS", "fast")
     with pytest.raises(ConfigError, match="'fast'; it can be reference or native"):
         kernels.implementation()
+
+
+@fast
+@given(
+    st.integers(0, 30),
+    st.sampled_from([1, 31, 32, 70]),
+    st.sampled_from([(64, 32), (64, 64), (24, 8), (384, 128)]),
+    st.sampled_from([4, 8]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_linear_of_any_size(M: int, N: int, sizes: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
+    K, group = sizes
+    generator = torch.Generator().manual_seed(M + N)
+    w_NK, x_MK = torch.randn(N, K, generator=generator), torch.randn(M, K, generator=generator).to(dtype)
+    ours = native.linear(x_MK, native.pack(w_NK, bits, group))
+    expected = reference.linear(x_MK, reference.pack(w_NK, bits, group))
+    assert ours.dtype == dtype and ours.shape == (M, N)
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("rows", [1, 13, 200])
+def test_linear_of_rows_and_weights_that_are_zero_or_large(rows: int) -> None:
+    x_MK = torch.zeros(rows, 64)
+    x_MK[-1] = 1e6
+    w_NK = torch.full((40, 64), -3.0)
+    w_NK[7] = 0
+    found = native.linear(x_MK, native.pack(w_NK, 8, 32))
+    assert (found[:-1] == 0).all() and (found[:, 7].abs() < 100).all()
+    torch.testing.assert_close(found[-1, :7], torch.full((7,), -3.0 * 64e6), rtol=1e-5, atol=0.0)
+
+
+def test_linear_keeps_leading_axes_and_takes_strides() -> None:
+    x = torch.randn(2, 3, 128)[..., ::2]
+    weight = native.pack(torch.randn(10, 64), 8, 64)
+    assert torch.equal(native.linear(x, weight), native.linear(x.reshape(6, 64), weight).view(2, 3, 10))

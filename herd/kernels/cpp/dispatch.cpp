@@ -8,7 +8,8 @@ namespace herd {
 
 #define LEVEL(level)                       \
   extern const Attend attend_##level;      \
-  static const Ops ops_##level = {#level, attend_##level};
+  extern const Linear linear_##level;      \
+  static const Ops ops_##level = {#level, attend_##level, linear_##level};
 LEVEL(portable)
 #if defined(HERD_HAS_avx2)
 LEVEL(avx2)
@@ -63,6 +64,28 @@ API int32_t herd_use_level(const char* name) {
       return 1;
     }
   return 0;
+}
+
+// Pack signed weights [N, K] (8 bits: -127 to 127; 4 bits: -8 to 7) into panels; `out` holds panels(N) * 32 * K * bits / 8.
+API void herd_pack(const int8_t* q, int64_t N, int64_t K, int32_t bits, uint8_t* out) {
+  const int64_t inputs = bits == 8 ? 4 : 8;
+  std::memset(out, bits == 8 ? 128 : 0x88, herd::panels(N) * herd::PANEL * K * bits / 8);
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t panel = n / herd::PANEL, lane = n % herd::PANEL, step = k / inputs, i = k % inputs;
+      uint8_t* cell = out + ((panel * (K / inputs) + step) * herd::PANEL + lane) * 4 + i % 4;
+      if (bits == 8)
+        *cell = (uint8_t)(q[n * K + k] + 128);
+      else if (i < 4)
+        *cell = (uint8_t)((*cell & 0xf0) | (q[n * K + k] + 8));
+      else
+        *cell = (uint8_t)((*cell & 0x0f) | (q[n * K + k] + 8) << 4);
+    }
+}
+
+API void herd_linear(const herd::Weight* w, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride,
+                     int32_t type, int64_t threads) {
+  herd::chosen()->linear(*w, x, x_stride, M, out, out_stride, (herd::Type)type, threads);
 }
 
 API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd::Tokens* tokens, int64_t K,

@@ -8,6 +8,24 @@
 
 namespace herd {
 
+// Element types of activations, as numbered in native.py.
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+// A weight of N outputs and K inputs in 8 or 4 bits, packed by `herd_pack`; a scale for each output and `group` of inputs.
+struct Weight {
+  const uint8_t* packed;
+  const float* scale;  // [K / group, panels(N) * 32]
+  int64_t N, K;
+  int32_t group, bits;
+};
+
+constexpr int64_t PANEL = 32;  // outputs that one tile computes together
+inline int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+// x [M, K] times weight^T to out [M, N]; strides in elements; each row of x is quantised to int8 in the same groups.
+using Linear = void (*)(const Weight&, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride, Type,
+                        int64_t threads);
+
 // Keys and values [count, d] of one head, int8 with float16 scales.
 struct Tokens {
   const int8_t *keys, *values;
@@ -24,6 +42,7 @@ using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const T
 struct Ops {
   const char* name;
   Attend attend;
+  Linear linear;
 };
 
 }  // namespace herd
