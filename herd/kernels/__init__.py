@@ -32,6 +32,7 @@ __all__ = [
     "apply_rope",
     "attend",
     "attend_parts",
+    "causal_attention",
     "dequantize_kv",
     "expert_mlp",
     "implementation",
@@ -67,7 +68,7 @@ def operations() -> dict[str, str]:
     """What each hot operation is done by, and why."""
     names = ("apply_rope", "attend", "expert_mlp", "merge_partials", "quantize_kv", "rms_norm", "swiglu")
     return {
-        **dict.fromkeys(("attend_parts", "linear", "pack"), implementation()),
+        **dict.fromkeys(("attend_parts", "causal_attention", "linear", "pack"), implementation()),
         **dict.fromkeys(names, "reference (no native version)"),
     }
 
@@ -76,6 +77,12 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attenti
     """See `reference.attend_parts`."""
     use = native if implementation().startswith("native") and native.takes(q_GRd, parts) else reference
     return use.attend_parts(q_GRd, parts, missed)
+
+
+def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
+    """See `reference.causal_attention`."""
+    use = native if implementation().startswith("native") and native.takes_causal(q_BTHd, k_BTGd, v_BTGd) else reference
+    return use.causal_attention(q_BTHd, k_BTGd, v_BTGd)
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> Weight:

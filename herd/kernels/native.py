@@ -59,6 +59,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"cannot be loaded: {error}"
     library.herd_level.restype = ctypes.c_char_p
     library.herd_use_level.argtypes = (ctypes.c_char_p,)
+    library.herd_causal.argtypes = (_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _P, _I64)
     library.herd_pack.argtypes = (_P, _I64, _I64, _I32, _P)
     library.herd_linear.argtypes = (ctypes.POINTER(_Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _I64, _P, _P, _P, _P)
@@ -91,6 +92,25 @@ def _heads(part: Part) -> list[_Tokens]:
     assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
     N = part.k_GNd.shape[1]
     return [_Tokens(*(a[g].data_ptr() for a in arrays), N) for g in range(len(part.k_GNd))]
+
+
+def takes_causal(*parts: Tensor) -> bool:
+    """Whether `causal_attention` can do this: bfloat16 without gradients, on an instruction set that multiplies it."""
+    library, _ = load()
+    fits = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 64 == 0 for x in parts)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
+    return library is not None and fits and not grad and bool(library.herd_has_causal())
+
+
+def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
+    """As `reference.causal_attention`; weights are rounded to bfloat16 before they meet values."""
+    library, why = load()
+    assert library is not None, why
+    q, k, v = (x.contiguous() for x in (q_BTHd, k_BTGd, v_BTGd))
+    (B, T, H, d), G, out_BTHd = q.shape, k.shape[2], torch.empty_like(q)
+    addresses = (x.data_ptr() for x in (q, k, v))
+    library.herd_causal(*addresses, B, T, H, G, d, out_BTHd.data_ptr(), torch.get_num_threads())
+    return out_BTHd
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:

@@ -53,6 +53,12 @@ def attend(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, visible_BTS: Tensor |
     return out.float(), lse.permute(0, 3, 1, 2).flatten(2, 3)
 
 
+def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
+    """Softmax attention of every token to itself and those before it, scaled by 1/sqrt(d): [B, T, H, d] in q's type."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTGd, v_BTGd))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
 def merge_partials(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join (out, lse) pairs of `attend` over disjoint sets of keys into the result over their union."""
     if len(parts) == 1:

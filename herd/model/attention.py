@@ -5,8 +5,8 @@ Shape suffixes: B batch, T tokens, D hidden, H query heads, G key/value heads, d
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from herd import kernels
 from herd.config import TextConfig
 from herd.kernels import apply_rope, attend, rms_norm
 from herd.model.cache import Cache, visible
@@ -68,8 +68,7 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, chunk: int 
         # Padding stands after every real token of the last chunk, so causality hides it.
         parts = tuple(nn.functional.pad(x, (0, 0, 0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)).flatten(0, 1)
                       for x in parts)  # fmt: skip
-    q, k, v = (x.transpose(1, 2) for x in parts)
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    out = kernels.causal_attention(*parts)
     return out.unflatten(0, (B, -1)).flatten(1, 2)[:, :T] if folded else out
 
 

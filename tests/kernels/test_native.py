@@ -163,3 +163,22 @@ def test_linear_keeps_leading_axes_and_takes_strides() -> None:
     x = torch.randn(2, 3, 128)[..., ::2]
     weight = native.pack(torch.randn(10, 64), 8, 64)
     assert torch.equal(native.linear(x, weight), native.linear(x.reshape(6, 64), weight).view(2, 3, 10))
+
+
+@fast
+@given(st.integers(1, 3), st.integers(1, 130), st.sampled_from([(1, 1), (9, 3), (4, 2)]), st.sampled_from([64, 128]))
+def test_causal_attention_of_any_size(B: int, T: int, heads: tuple[int, int], d: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(B, T, n, d, generator=generator).bfloat16() for n in (heads[0], heads[1], heads[1]))
+    if not native.takes_causal(q, k, v):
+        pytest.skip("this instruction set has none")
+    exact = reference.causal_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(native.causal_attention(q, k, v).float(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_causal_attention_with_gradients_or_other_types_is_left_to_the_reference() -> None:
+    x = torch.randn(1, 3, 2, 64)
+    assert not native.takes_causal(x, x, x)
+    half = x.bfloat16().requires_grad_()
+    assert not native.takes_causal(half, half, half)
+    assert kernels.causal_attention(half, half, half).requires_grad

@@ -10,12 +10,12 @@
 #include "buffer.h"
 #include "levels.h"
 #include "simd.h"
+#include "vector_math.h"
 
 namespace herd {
 namespace {
 
 constexpr int64_t PIECE = 256;  // tokens whose logits are in cache
-constexpr float LOWEST = -1e30f;
 
 float from_half(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
@@ -24,42 +24,6 @@ float from_half(uint16_t h) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
-}
-
-// exp(x) for x <= 0, to 2 units in the last place; plain code, so that the compiler makes vectors of it.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = std::rint(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  const int32_t bits = ((int32_t)n + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return (p * f * f + f + 1.0f) * power;
-}
-
-float largest(const float* x, int64_t count) {  // count is a multiple of 16
-  float most[16];
-  std::memcpy(most, x, sizeof most);
-  for (int64_t n = 16; n < count; n += 16)
-    for (int i = 0; i < 16; i++) most[i] = x[n + i] > most[i] ? x[n + i] : most[i];
-  float found = most[0];
-  for (int i = 1; i < 16; i++) found = most[i] > found ? most[i] : found;
-  return found;
-}
-
-// x becomes exp(x - most); returns the sum.
-float exponentials(float* x, int64_t count, float most) {  // count is a multiple of 16
-  float sums[16] = {};
-  for (int64_t n = 0; n < count; n += 16)
-    for (int i = 0; i < 16; i++) sums[i] += x[n + i] = exponential(x[n + i] - most);
-  float sum = 0;
-  for (int i = 0; i < 16; i++) sum += sums[i];
-  return sum;
 }
 
 struct Queries {

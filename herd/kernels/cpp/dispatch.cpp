@@ -9,7 +9,8 @@ namespace herd {
 #define LEVEL(level)                       \
   extern const Attend attend_##level;      \
   extern const Linear linear_##level;      \
-  static const Ops ops_##level = {#level, attend_##level, linear_##level};
+  extern const Causal causal_##level;      \
+  static const Ops ops_##level = {#level, attend_##level, linear_##level, causal_##level};
 LEVEL(portable)
 #if defined(HERD_HAS_avx2)
 LEVEL(avx2)
@@ -91,4 +92,12 @@ API void herd_linear(const herd::Weight* w, const void* x, int64_t x_stride, int
 API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd::Tokens* tokens, int64_t K,
                      float missed, int64_t threads, float* out, float* lse, float* part_lse, float* left_out) {
   herd::chosen()->attend(q, G, R, d, tokens, K, missed, threads, out, lse, part_lse, left_out);
+}
+
+// 1 if this instruction set has it.
+API int32_t herd_has_causal() { return herd::chosen()->causal != nullptr; }
+
+API void herd_causal(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H, int64_t G,
+                     int64_t d, uint16_t* out, int64_t threads) {
+  herd::chosen()->causal(q, k, v, B, T, H, G, d, out, threads);
 }

@@ -39,10 +39,16 @@ struct Tokens {
 using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const Tokens*, int64_t K, float missed,
                         int64_t threads, float* out, float* lse, float* part_lse, float* left_out);
 
+// Causal attention of B sequences of T tokens in bfloat16: q, out [B, T, H, d], k, v [B, T, G, d], d a multiple of 64.
+// Null where there is no native one.
+using Causal = void (*)(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H,
+                        int64_t G, int64_t d, uint16_t* out, int64_t threads);
+
 struct Ops {
   const char* name;
   Attend attend;
   Linear linear;
+  Causal causal;
 };
 
 }  // namespace herd
