@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, V vocabulary.
 """
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Sampler
 from herd.errors import ContextError
 from herd.model import Transformer
+from herd.model.quantized import quantize
 from herd.prompt import Tokenizer
 from herd.prompt.ask import ask_prompt
 
@@ -65,19 +68,36 @@ class Model:
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
-    dtype None: as stored. CheckpointError or ConfigError if there is no such model or it cannot be loaded.
+    dtype None: as stored. `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of
+    64 or that many inputs; contexts are bound to it, too. CheckpointError or ConfigError if there is no such model or
+    it cannot be loaded.
     """
-    folder = find_model(path_or_name)
+    folder, weights = find_model(path_or_name), _weights_of(path_or_name)
     transformer = checkpoint.load(folder, dtype)
-    tokenizer = Tokenizer.load(folder)
-    return Model(folder, transformer.config, tokenizer, transformer, checkpoint.fingerprint(folder))
+    identity = checkpoint.fingerprint(folder)
+    if weights is not None:
+        quantize(transformer, *weights)
+        identity = hashlib.sha256(f"{identity} {weights}".encode()).hexdigest()
+    return Model(folder, transformer.config, Tokenizer.load(folder), transformer, identity)
 
 
 def find_model(path_or_name: str | Path) -> Path:
     """The folder of a model. A folder named like the model wins over the name."""
-    if str(path_or_name) == "cria" and not Path(path_or_name).exists():
-        return cria_path()
-    return Path(path_or_name)
+    name = str(path_or_name)
+    if _weights_of(name) is not None:
+        name = name.rpartition("@")[0]
+    return cria_path() if name == "cria" and not Path(name).exists() else Path(name)
+
+
+_WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
+
+
+def _weights_of(path_or_name: str | Path) -> tuple[int, int] | None:
+    """Bits and group that a name asks for, None if it asks for none or is a folder's own."""
+    asked = _WEIGHTS.search(str(path_or_name))
+    if asked is None or Path(path_or_name).exists():
+        return None
+    return int(asked.group(1)), int(asked.group(2) or 64)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ STARTED = time.perf_counter()  # the command imports this module first
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME|DIR", help="cria, or a folder in Hugging Face's Llama 4 layout.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|DIR",
+        help="cria, or a folder in Hugging Face's Llama 4 layout; @int8 or @int4 after it quantises the weights.",
+    ),
 ]
 
 

@@ -74,6 +74,17 @@ def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, 
     assert only_ask["context"]["skipped"] == first["context"]["skipped"]
 
 
+def test_quantised_weights_are_asked_for_by_name(
+    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path
+) -> None:
+    context = notes.parent / "ctx"
+    args = ("ask", "What is the code?", notes, "--context", context, "--max-tokens", 4)
+    assert run_json(capsys, *args, "--json", "--model", f"{tiny_model}@int8:8")["answer"]
+    assert "another model" in fails(capsys, *args, "--model", tiny_model)
+    assert "no multiple of the group of 64" in fails(capsys, *args, "--model", f"{tiny_model}@int4")
+    assert "@int5" in fails(capsys, *args, "--model", f"{tiny_model}@int5")
+
+
 def test_ask_for_people(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
     context = notes.parent / "ctx"
     assert run(["ask", "Which port?", str(notes), "-c", str(context), "-m", str(tiny_model), "--max-tokens", "4"]) == 0
