@@ -20,6 +20,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         kind, size = one["eval"], _size(one.get("length"))
         if kind == "needle":
             yield f"needle, {size} tokens, {one['trials']} trials: exact", _percent(one["exact"]), _goal(one, 97, 95)
+            yield f"needle, {size} tokens: value right, whatever the answer names", _percent(one["value_right"]), ""
             yield f"needle, {size} tokens: first citation right", _percent(one["first_citation_right"]), ""
             yield f"needle, {size} tokens: called absent although it is there", _percent(one["said_absent"]), ""
         elif kind == "lookup":

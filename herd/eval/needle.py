@@ -122,6 +122,9 @@ def _table(needles: Sequence[Needle], answers: Sequence[Answer]) -> report.Resul
     by_depth = {f"{d / 10:.1f}": [ok for n, ok in rows if int(n.depth * 10) == d] for d in range(10)}
     return {
         "exact": score.share(sum(right), len(right)),
+        "value_right": score.share(
+            sum(score.value_right(a.text, n.question) for n, a in zip(needles, answers, strict=True)), len(answers)
+        ),
         "first_citation_right": score.share(sum(cited), len(cited)),
         "said_absent": score.share(sum(score.says_absent(answer.text) for answer in answers), len(answers)),
         "by_kind": {kind: score.share(sum(oks), len(oks)) for kind, oks in by_kind.items()},

@@ -31,11 +31,20 @@ def exact(answer: str, question: Question) -> bool:
         return True
     if says_absent(answer):
         return False
-    expected = squeeze(question.answer)
-    at = expected.find(value, expected.find(question.key) + len(question.key))
-    quoted = expected[at:]  # the value with the rest of its line
+    quoted = _quoted(question)
     slot = _slot(given, question, value, quoted)
     return slot in (value, quoted) or slot.removesuffix(".") == value.removesuffix(".")
+
+
+def value_right(answer: str, question: Question) -> bool:
+    """Whether the answer ends with the value and the rest of the line it stands in, whatever it names before."""
+    return not says_absent(answer) and _ends(squeeze(answer), _quoted(question))
+
+
+def _quoted(question: Question) -> str:
+    """The value with the rest of the line that the answer quotes."""
+    expected = squeeze(question.answer)
+    return expected[expected.find(squeeze(question.value), expected.find(question.key) + len(question.key)) :]
 
 
 def _slot(given: str, question: Question, value: str, quoted: str) -> str:

@@ -52,6 +52,20 @@ def test_exact(question: Question, answer: str, right: bool) -> None:
     assert score.exact(answer, question) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("The code Ada (code: 481).", True),
+        ("481).", True),
+        ("The code of Ada (code: 1481).", False),
+        ("The code of Ada (code: 481", False),
+        ("The code of Ada is not in the context.", False),
+    ],
+)
+def test_the_value_may_be_right_without_its_name(answer: str, right: bool) -> None:
+    assert score.value_right(answer, FACT) is right
+
+
 def test_the_expected_answer_is_always_exact() -> None:
     rng = Random(0)
     for _ in range(300):
