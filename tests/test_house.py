@@ -68,8 +68,11 @@ def test_import_contract_fails_on_an_upward_import(tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", str(ROOT / "herd"), str(ROOT / "pyproject.toml"), str(tmp_path)], check=True)
     with (tmp_path / "herd/kernels/reference.py").open("a") as file:
         file.write("\nimport herd.engine\n")
-    lint = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([lint], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    # Without the hook of an editable install, which would find the installed package first.
+    lint = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+    lint += "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command, env = [sys.executable, "-c", lint], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert "herd.kernels.reference -> herd.engine" in done.stdout
 
