@@ -13,24 +13,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from herd import kernels
+from herd.context.segment import KV
 
 HEADS, GROUP, DIM = 3, 3, 64
 PART = 8192
-
-
-@dataclass
-class Part:
-    k_GNd: Tensor
-    v_GNd: Tensor
-    k_scale_GN: Tensor
-    v_scale_GN: Tensor
 
 
 def main() -> None:
@@ -65,9 +56,9 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def random_part(tokens: int) -> Part:
+def random_part(tokens: int) -> KV:
     k, v = (torch.randint(-127, 128, (HEADS, tokens, DIM), dtype=torch.int8) for _ in range(2))
-    return Part(k, v, torch.full((HEADS, tokens), 1e-3).half(), torch.full((HEADS, tokens), 1e-3).half())
+    return KV(k, v, torch.full((HEADS, tokens), 1e-3).half(), torch.full((HEADS, tokens), 1e-3).half())
 
 
 def median_seconds(call: Callable[[], Any], times: int = 7) -> float:

@@ -64,6 +64,10 @@ def implementation() -> str:
     return f"reference (the native library is {why})"
 
 
+def _is_native() -> bool:
+    return implementation().startswith("native")
+
+
 def operations() -> dict[str, str]:
     """What each hot operation is done by, and why."""
     names = ("apply_rope", "attend", "expert_mlp", "merge_partials", "quantize_kv", "rms_norm", "swiglu")
@@ -75,19 +79,19 @@ def operations() -> dict[str, str]:
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
     """See `reference.attend_parts`."""
-    use = native if implementation().startswith("native") and native.takes(q_GRd, parts) else reference
+    use = native if _is_native() and native.takes(q_GRd, parts) else reference
     return use.attend_parts(q_GRd, parts, missed)
 
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     """See `reference.causal_attention`."""
-    use = native if implementation().startswith("native") and native.takes_causal(q_BTHd, k_BTGd, v_BTGd) else reference
+    use = native if _is_native() and native.takes_causal(q_BTHd, k_BTGd, v_BTGd) else reference
     return use.causal_attention(q_BTHd, k_BTGd, v_BTGd)
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> Weight:
     """See `reference.pack`. A weight stays with the implementation that packed it."""
-    return (native if implementation().startswith("native") else reference).pack(w_NK, bits, group)
+    return (native if _is_native() else reference).pack(w_NK, bits, group)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -66,6 +66,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, library.herd_level().decode()
 
 
+def _library() -> ctypes.CDLL:
+    library, why = load()
+    assert library is not None, why
+    return library
+
+
 def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
     """Whether `attend_parts` can do this: int8 on the CPU, head_dim a multiple of 64."""
     d = q_GRd.shape[-1]
@@ -74,15 +80,13 @@ def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
     """As `reference.attend_parts`. Queries count as two int8 numbers each: logits differ by less than 2e-5 |q| |k|."""
-    library, why = load()
-    assert library is not None, why
     (G, R, d), K = q_GRd.shape, len(parts)
     q_GRd = q_GRd.float().contiguous()
     tokens = (_Tokens * (K * G))(*(head for part in parts for head in _heads(part)))
     out_GRd, lse_GR = torch.empty(G, R, d), torch.empty(G, R)
     lse_KGR, left_out_GR = torch.empty(K, G, R), torch.empty(G, R)
     results = (x.data_ptr() for x in (out_GRd, lse_GR, lse_KGR, left_out_GR))
-    library.herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, torch.get_num_threads(), *results)
+    _library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, torch.get_num_threads(), *results)
     return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
 
 
@@ -104,35 +108,29 @@ def takes_causal(*parts: Tensor) -> bool:
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     """As `reference.causal_attention`; weights are rounded to bfloat16 before they meet values."""
-    library, why = load()
-    assert library is not None, why
     q, k, v = (x.contiguous() for x in (q_BTHd, k_BTGd, v_BTGd))
     (B, T, H, d), G, out_BTHd = q.shape, k.shape[2], torch.empty_like(q)
     addresses = (x.data_ptr() for x in (q, k, v))
-    library.herd_causal(*addresses, B, T, H, G, d, out_BTHd.data_ptr(), torch.get_num_threads())
+    _library().herd_causal(*addresses, B, T, H, G, d, out_BTHd.data_ptr(), torch.get_num_threads())
     return out_BTHd
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     """As `reference.pack`."""
-    library, why = load()
-    assert library is not None, why
     plain = reference.pack(w_NK, bits, group)
     N, K = plain.q_NK.shape
     width = -(-N // _PANEL) * _PANEL
     packed = torch.empty(width * K * bits // 8, dtype=torch.uint8)
-    library.herd_pack(plain.q_NK.data_ptr(), N, K, bits, packed.data_ptr())
+    _library().herd_pack(plain.q_NK.data_ptr(), N, K, bits, packed.data_ptr())
     return PackedWeight(packed, nn.functional.pad(plain.scale_gN, (0, width - N)), (N, K), group, bits)
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """As `reference.linear`."""
-    library, why = load()
-    assert library is not None, why
     (N, K), x_MK = weight.shape, x.flatten(0, -2).contiguous()
     assert x_MK.shape[1] == K and x.device.type == "cpu", (x.shape, weight.shape, x.device)
     out_MN = x_MK.new_empty(len(x_MK), N)
     w = _Weight(weight.packed.data_ptr(), weight.scale.data_ptr(), N, K, weight.group, weight.bits)
     kind, threads = _TYPES[x.dtype], torch.get_num_threads()
-    library.herd_linear(ctypes.byref(w), x_MK.data_ptr(), K, len(x_MK), out_MN.data_ptr(), N, kind, threads)
+    _library().herd_linear(ctypes.byref(w), x_MK.data_ptr(), K, len(x_MK), out_MN.data_ptr(), N, kind, threads)
     return out_MN.unflatten(0, x.shape[:-1])

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,20 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from herd import kernels
+from herd.context.segment import KV
 from herd.errors import ConfigError
 from herd.kernels import native, quantize_kv, reference
 
 library, level = native.load()
 pytestmark = pytest.mark.skipif(library is None, reason=level)
 fast = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@dataclass
-class Part:
-    k_GNd: Tensor
-    v_GNd: Tensor
-    k_scale_GN: Tensor
-    v_scale_GN: Tensor
 
 
 @pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "neon"], autouse=True)
@@ -35,17 +27,17 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
     library.herd_use_level(level.encode())
 
 
-def part(k_GNd: Tensor, v_GNd: Tensor) -> Part:
+def part(k_GNd: Tensor, v_GNd: Tensor) -> KV:
     (k, k_scale), (v, v_scale) = quantize_kv(k_GNd), quantize_kv(v_GNd)
-    return Part(k, v, k_scale, v_scale)
+    return KV(k, v, k_scale, v_scale)
 
 
-def random_parts(counts: list[int], G: int = 2, d: int = 64, scale: float = 1.0, seed: int = 0) -> list[Part]:
+def random_parts(counts: list[int], G: int = 2, d: int = 64, scale: float = 1.0, seed: int = 0) -> list[KV]:
     generator = torch.Generator().manual_seed(seed)
     return [part(*torch.randn(2, G, n, d, generator=generator).mul(scale)) for n in counts]
 
 
-def compare(q_GRd: Tensor, parts: list[Part], missed: float = 1e-3) -> None:
+def compare(q_GRd: Tensor, parts: list[KV], missed: float = 1e-3) -> None:
     """Native equals the reference but for what it says that it left out."""
     assert native.takes(q_GRd, parts)
     ours, exact = native.attend_parts(q_GRd, parts, missed), reference.attend_parts(q_GRd, parts, 0.0)
@@ -74,7 +66,7 @@ def test_attention_of_any_size(counts: list[int], rows: int, d: int, scale: floa
 def test_parts_of_a_longer_array() -> None:
     (whole,) = random_parts([1000], G=3)
     views = [
-        Part(whole.k_GNd[:, a:b], whole.v_GNd[:, a:b], whole.k_scale_GN[:, a:b], whole.v_scale_GN[:, a:b])
+        KV(whole.k_GNd[:, a:b], whole.v_GNd[:, a:b], whole.k_scale_GN[:, a:b], whole.v_scale_GN[:, a:b])
         for a, b in ((0, 17), (500, 999), (999, 1000))
     ]
     compare(torch.randn(3, 2, 64), views)

@@ -6,28 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from herd.config import TextConfig
 from herd.errors import ConfigError
 from herd.kernels import reference
 from herd.model import Transformer
 from herd.model.moe import Experts
 from herd.model.quantized import QuantizedExperts, QuantizedLinear, quantize
+from tests.model.tiny_models import tiny
 
-CONFIG = TextConfig(
-    vocab_size=96,
+CONFIG = tiny(
     hidden_size=64,
     num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=16,
     intermediate_size=32,
     intermediate_size_mlp=128,
-    num_local_experts=4,
-    num_experts_per_tok=1,
-    max_position_embeddings=256,
     moe_layers=(1,),
     no_rope_layers=(1, 0, 1),
-    attention_chunk_size=32,
 )
 
 
