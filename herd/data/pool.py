@@ -6,7 +6,7 @@ Shape suffixes: N tokens of all chunks, M tokens of all questions, C chunks, Q q
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from herd.context.chunks import cut
 from herd.data import code, facts, prose
+from herd.data.phrasings import FRAMES
 from herd.data.question import Question
 from herd.errors import ConfigError
 from herd.prompt import Tokenizer
@@ -21,6 +22,9 @@ from herd.prompt.ask import ask_prompt
 
 NO_EVIDENCE = -1  # this token is not copied
 NULL_EVIDENCE = -2  # here the model must find that nothing in the context fits
+_FROM_FILE, _FROM_FOLDER = 4, 16  # chunks at a time, so that none of them fills the pool
+_FRAMED = 0.3  # share of questions with words around them
+_WORDINGS = 3  # of each question about code, of which there are fewer than about facts
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,17 @@ def build(recipe: PoolRecipe, tokenizer: Tokenizer) -> Pool:
     drafts = [draft for draft in made if draft is not None]
     defined = Counter(name for text, _ in drafts for name in code.definitions(text))
     keys = Counter(key for _, asked in drafts for key in {q.key for q in asked if q.key})
+    everything = "\0".join(text for text, _ in drafts)
     writer = _Writer(tokenizer)
     for text, asked in drafts:
         unique = [q for q in asked if not q.key or (keys[q.key] == 1 and defined[q.key] <= 1)]
+        unique = [q for q in unique if q.family != "quote" or everything.count(q.key) == 1]
         chunk = writer.add_chunk(text)
         rng.shuffle(unique)
         for question in unique[: recipe.questions_per_chunk]:
+            if rng.random() < _FRAMED:
+                before, after = rng.choice(FRAMES)
+                question = replace(question, question=before + question.question + after)
             writer.add_question(question, chunk, text)
             if question.key and not question.family.startswith("absent") and rng.random() < recipe.absent_share:
                 writer.add_question(question.as_absent(), chunk, text)
@@ -91,24 +100,31 @@ def build(recipe: PoolRecipe, tokenizer: Tokenizer) -> Pool:
 
 
 def _texts(recipe: PoolRecipe, rng: Random, tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of chunks from random places of random files."""
+    """Texts of chunks from random places: a few of some files of one folder, then of the next folder."""
     files = [f for pattern in recipe.paths for f in _expand(pattern) if not set(f.parts) & set(recipe.hold_out)]
     if not files:
         raise ConfigError(f"the recipe's paths {', '.join(recipe.paths)} match no file here")
-    rng.shuffle(files)
+    folders: dict[Path, list[Path]] = {}
+    for file in rng.sample(files, len(files)):
+        folders.setdefault(file.parent, []).append(file)
     room = recipe.chunk_size - 48 * recipe.facts_per_chunk
     made = 0
     while made < recipe.chunks:
         before = made
-        for file in files:
-            chunks = cut("/".join(file.parts[-2:]), _read(file), tokenizer, room)
-            good = [c for c in chunks if len(c.ids) > recipe.chunk_size // 4]
-            # A few per file and round, so that no large file fills the pool.
-            for chunk in rng.sample(good, min(3, len(good))):
-                yield chunk.text
-                made += 1
-                if made == recipe.chunks:
-                    return
+        # Text of one folder is much alike: neighbours in the pool are hard to tell apart, as in a real context.
+        for folder in folders.values():
+            taken = 0
+            for file in rng.sample(folder, len(folder)):
+                chunks = cut("/".join(file.parts[-2:]), _read(file), tokenizer, room)
+                good = [c for c in chunks if len(c.ids) > recipe.chunk_size // 4]
+                for chunk in rng.sample(good, min(_FROM_FILE, _FROM_FOLDER - taken, len(good))):
+                    yield chunk.text
+                    taken += 1
+                    made += 1
+                    if made == recipe.chunks:
+                        return
+                if taken == _FROM_FOLDER:
+                    break
         if made == before:
             raise ConfigError(f"{len(files)} files hold no chunk of {recipe.chunk_size // 4} tokens or more")
 
@@ -139,7 +155,9 @@ def _chunk(text: str, rng: Random, recipe: PoolRecipe, tokenizer: Tokenizer) -> 
         asked += fact.questions
     if len(tokenizer.encode(text)) > recipe.chunk_size:
         return None
-    asked += code.questions(text, rng) + prose.questions(text, rng)
+    for _ in range(_WORDINGS):
+        asked += code.questions(text, rng)
+    asked += prose.questions(text, rng)
     asked += [quote for _ in range(recipe.quotes_per_chunk) if (quote := _quote(text, rng))]
     return text, [q for q in asked if text.count(q.evidence) == 1]
 

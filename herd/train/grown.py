@@ -3,13 +3,15 @@
 First looking is trained alone: where the global layer's queries look, among all chunks of the step at once, as they
 will in a context on disk. Then it stays fixed, and answering is trained: what is copied, and the layers above.
 
-Shape suffixes: C chunks, Q questions, T tokens of a row, N context tokens of all chunks, R answer rows (tokens whose
-successor is trained), H query heads, G key/value heads, d head_dim, D hidden.
+Shape suffixes: C chunks, Q questions, T tokens of a row, N context tokens of all chunks, O tokens of other
+chunks, R answer rows (tokens whose successor is trained), H query heads, G key/value heads, h query heads of one of
+them, d head_dim, D hidden.
 """
 
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ class Batch:
     chunk_CTD: Tensor  # hidden states of chunks, padded right
     chunk_lengths: list[int]
     chunk_ids_N: Tensor  # token ids of the context
+    other_OD: Tensor  # states of further chunks after the new local layer, as `around` last gave them
     question_QTD: Tensor
     question_ids_QT: Tensor  # padded with -1
     row_R: Tensor  # question of each answer row
@@ -37,6 +40,7 @@ class Batch:
     target_R: Tensor  # id of the token that follows
     evidence_R: Tensor  # place of that token in the context, NO_EVIDENCE or NULL_EVIDENCE
     first_R: Tensor  # whether a copy begins there, or an absence shows
+    blind_RG: Tensor  # whether a head is made to find nothing, when answers are trained
     context_tokens: int  # the length this context stands for: position of the questions, and dilution
     text_BTD: Tensor  # plain text
     text_ids_BT: Tensor
@@ -97,8 +101,12 @@ class Grown:
         evidence, the mass that does no harm, see `_harmless`. idle: see `_idle`.
         """
         q_QTHd, k_QTGd, keys_NGd, _, _ = self._queries_and_keys(batch)
-        log_p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch)
         known = batch.evidence_R != NO_EVIDENCE
+        q_GRhd = _of_rows(q_QTHd, batch, keys_NGd.shape[1])
+        rest_GRh = torch.full(q_GRhd.shape[:3], -math.inf)
+        if len(batch.other_OD):
+            rest_GRh[:, known] = _LogSumExp.apply(q_GRhd[:, known], self._others(batch)[0])
+        log_p = _log_attention(q_GRhd, k_QTGd, keys_NGd, rest_GRh, batch)[..., :-1]
         rows, place_R = known.nonzero().flatten(), batch.evidence_R[known]
         mass_RGh = log_p[:, rows, :, place_R.clamp(min=0)]
         mass_RGh[place_R < 0] = log_p[:, rows[place_R < 0]][..., _firsts(batch)].logsumexp(-1).transpose(0, 1)
@@ -116,11 +124,15 @@ class Grown:
         """Losses of answering: answer tokens, and plain text without a context."""
         with torch.no_grad():
             q_QTHd, k_QTGd, keys_NGd, x_NTD, x_QTD = self._queries_and_keys(batch)
-            p = _log_attention(q_QTHd, k_QTGd, keys_NGd, batch).exp().to(keys_NGd.dtype)
+            q_GRhd = _of_rows(q_QTHd, batch, keys_NGd.shape[1])
+            rest_GRhd, rest_GRh = _elsewhere(q_GRhd, *self._others(batch))
+            p = _log_attention(q_GRhd, k_QTGd, keys_NGd, rest_GRh, batch).exp().to(keys_NGd.dtype)
+            p = _blinded(p, batch.blind_RG, len(keys_NGd))
+            elsewhere_RHd = (p[..., -1:] * rest_GRhd).transpose(0, 1).flatten(1, 2)
         values_NGd, v_QTGd = self._values(x_NTD), self._values(x_QTD)
         with torch.no_grad():
             out_QTHd = _prompt_rows(q_QTHd, k_QTGd, v_QTGd, (keys_NGd, values_NGd), _dilution(batch, len(keys_NGd)))
-        out_RHd = _outputs(p, values_NGd, v_QTGd[batch.row_R])
+        out_RHd = _outputs(p[..., :-1], values_NGd, v_QTGd[batch.row_R]) + elsewhere_RHd
         out_QTHd = out_QTHd.index_put((batch.row_R, batch.token_R), out_RHd)
         answer_RD = self._finish(x_QTD, out_QTHd)[batch.row_R, batch.token_R]
         logits_RV = self.lm_head(self.norm(answer_RD)).float()
@@ -140,6 +152,18 @@ class Grown:
         start = -(-batch.context_tokens // self.chunk) * self.chunk
         q_QTHd = attn.query(normed_QTD, _positions(x_QTD) + start)
         return q_QTHd, attn.key_value(normed_QTD, _positions(x_QTD))[0], keys_NGd, x_ND, x_QTD
+
+    def around(self, chunk_CTD: Tensor) -> Tensor:
+        """States of chunks after the new local layer, to be kept as other chunks of later steps."""
+        with torch.no_grad():
+            return self._local(chunk_CTD)
+
+    @torch.no_grad()
+    def _others(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Keys and values [O, G, d] of the other chunks."""
+        x_1OD = batch.other_OD.to(batch.question_QTD.dtype).view(1, len(batch.other_OD), self.cfg.hidden_size)
+        k_1OGd, v_1OGd = self.top.self_attn.key_value(self.top.input_layernorm(x_1OD), _positions(x_1OD))
+        return k_1OGd[0], v_1OGd[0]
 
     def _values(self, x: Tensor) -> Tensor:
         return self.top.self_attn.v_proj(self.top.input_layernorm(x)).unflatten(-1, (-1, self.cfg.head_dim))
@@ -192,14 +216,18 @@ def _positions(x_BTD: Tensor) -> Tensor:
 
 
 def _harmless(log_p: Tensor, batch: Batch, rows_R: Tensor) -> Tensor:
-    """Log of the mass [G, R, h] on tokens that equal the next one, and of half the mass on rows' first tokens.
+    """Log of the mass [G, R, h] on tokens that equal the next one, and of some of the mass on rows' first tokens.
 
-    So a look is better than none if it is right more often than not.
+    That is half: so a look is better than none if it is right more often than not. Where the row says again what it
+    has said before, two tokens at least, it is a tenth.
     """
-    target_R1 = batch.target_R[rows_R].unsqueeze(1)
-    same_RN = torch.cat([batch.chunk_ids_N == target_R1, batch.question_ids_QT[batch.row_R[rows_R]] == target_R1], 1)
+    target_R1, said_RT = batch.target_R[rows_R].unsqueeze(1), batch.question_ids_QT[batch.row_R[rows_R]]
+    same_RN = torch.cat([batch.chunk_ids_N == target_R1, said_RT == target_R1], 1)
     weight_RN = torch.where(same_RN, 0.0, -math.inf)
-    weight_RN[:, _firsts(batch)] = math.log(0.5)
+    last_R1 = said_RT.gather(1, batch.token_R[rows_R].unsqueeze(1))
+    before_RT = torch.arange(said_RT.shape[1] - 1) < batch.token_R[rows_R].unsqueeze(1)
+    again_R1 = ((said_RT[:, :-1] == last_R1) & (said_RT[:, 1:] == target_R1) & before_RT).any(1, keepdim=True)
+    weight_RN[:, _firsts(batch)] = torch.where(again_R1, math.log(0.1), math.log(0.5))
     return (log_p + weight_RN.unsqueeze(1)).logsumexp(-1)
 
 
@@ -213,18 +241,60 @@ def _dilution(batch: Batch, tokens: int) -> float:
     return math.log(max(1.0, batch.context_tokens / tokens))
 
 
-def _log_attention(q_QTHd: Tensor, k_QTGd: Tensor, keys_NGd: Tensor, batch: Batch) -> Tensor:
-    """Log attention [G, R, h, N + T] of the answer rows over the context and their own row, with virtual dilution."""
-    N, G = keys_NGd.shape[:2]
-    q_GRhd = q_QTHd[batch.row_R, batch.token_R].unflatten(1, (G, -1)).transpose(0, 1) / math.sqrt(q_QTHd.shape[-1])
+def _of_rows(q_QTHd: Tensor, batch: Batch, G: int) -> Tensor:
+    """Scaled queries [G, R, h, d] of the answer rows."""
+    return q_QTHd[batch.row_R, batch.token_R].unflatten(1, (G, -1)).transpose(0, 1) / math.sqrt(q_QTHd.shape[-1])
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Log of the sum of exp(q k) over other chunks [G, R, h]. Its gradient is the mean key, which attention gives."""
+
+    @staticmethod
+    def forward(ctx: Any, q_GRhd: Tensor, keys_OGd: Tensor) -> Tensor:
+        mean_GRhd, lse_GRh = _elsewhere(q_GRhd, keys_OGd, keys_OGd)
+        ctx.save_for_backward(mean_GRhd)
+        return lse_GRh
+
+    @staticmethod
+    def backward(ctx: Any, grad_GRh: Tensor) -> tuple[Tensor, None]:
+        (mean_GRhd,) = ctx.saved_tensors
+        return (grad_GRh.unsqueeze(-1) * mean_GRhd).to(mean_GRhd.dtype), None
+
+
+def _elsewhere(q_GRhd: Tensor, keys_OGd: Tensor, values_OGd: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention output [G, R, h, d] over other chunks alone, and the log of the sum of exp(q k) [G, R, h]."""
+    if not len(keys_OGd):
+        return torch.zeros_like(q_GRhd), torch.full(q_GRhd.shape[:3], -math.inf)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = (x.unsqueeze(0) for x in (q_GRhd.flatten(1, 2), keys_OGd.transpose(0, 1), values_OGd.transpose(0, 1)))
+    out, lse = flash(q, k, v, scale=1.0)
+    return out[0].view_as(q_GRhd), lse[0].view(q_GRhd.shape[:3])
+
+
+def _blinded(p: Tensor, blind_RG: Tensor, N: int) -> Tensor:
+    """Attention [G, R, h, ...] of which some heads see nothing but their row's first token, which stands at N."""
+    nothing = torch.zeros_like(p[0, 0, 0])
+    nothing[N] = 1.0
+    return torch.where(blind_RG.T[..., None, None], nothing, p)
+
+
+def _log_attention(q_GRhd: Tensor, k_QTGd: Tensor, keys_NGd: Tensor, rest_GRh: Tensor, batch: Batch) -> Tensor:
+    """Log attention [G, R, h, N + T + 1] of the answer rows over the context, their own row, and other chunks in sum.
+
+    rest_GRh: log of the sum of exp(q k) over the other chunks; -inf where these are not looked at.
+    """
+    N = len(keys_NGd)
     far = (q_GRhd.flatten(1, 2) @ keys_NGd.permute(1, 2, 0)).float().view(*q_GRhd.shape[:3], N)
     near = torch.einsum("grhd,rtgd->grht", q_GRhd, k_QTGd[batch.row_R]).float()
     later_RT = torch.arange(k_QTGd.shape[1]) > batch.token_R.unsqueeze(1)
     near = near.masked_fill(later_RT.unsqueeze(1), -math.inf)
-    bias_RN = torch.full((len(batch.row_R), N), _dilution(batch, N))
+    looked_R1 = rest_GRh[0, :, :1].isfinite()
+    bias_R1 = torch.where(looked_R1, _dilution(batch, N + len(batch.other_OD)), _dilution(batch, N))
+    bias_RN = bias_R1.repeat(1, N)
     found = batch.evidence_R >= 0
     bias_RN[found, batch.evidence_R[found]] = 0.0
-    return torch.cat([far + bias_RN.unsqueeze(1), near], -1).log_softmax(-1)
+    rest = (rest_GRh + bias_R1).unsqueeze(-1)
+    return torch.cat([far + bias_RN.unsqueeze(1), near, rest], -1).log_softmax(-1)
 
 
 def _outputs(p: Tensor, values_NGd: Tensor, v_RTGd: Tensor) -> Tensor:

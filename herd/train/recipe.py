@@ -36,6 +36,8 @@ class Phase:
     lora_lr: float = 0.0  # of low-rank updates
     text: float = 0.0  # weight of the loss in plain text: of looking at nothing, or of language modelling
     text_rows: int = 0  # rows of plain text, without a context
+    around: int = 0  # chunks near those of the step that looks must tell from the evidence; no gradient goes there
+    blind: float = 0.0  # share of looks, for each key/value head, that are made to find nothing
     weight_decay: float = 0.0
     clip: float = 1.0
 

@@ -76,7 +76,7 @@ def _train(
     if recipe.compile:
         for block in grown.above:
             block.compile(dynamic=True)
-    batches, last = Batches(recipe, pool, bank), dict[str, float]()
+    batches, last = Batches(recipe, pool, bank, transformer.config.num_key_value_heads), dict[str, float]()
 
     def hold(masters: dict[str, Tensor]) -> None:
         """The new local layer writes where `erase` can take it away, and nowhere else."""
@@ -91,10 +91,16 @@ def _train(
 
         return progress
 
+    def look(step: int) -> dict[str, Tensor]:
+        # A run that resumes has just this state: other chunks as they were at the last checkpoint.
+        if recipe.looking.around and step % recipe.checkpoint_every == 0:
+            batches.refresh(grown.around)
+        return grown.look(batches.draw(recipe.looking, step, looking=True))
+
     looking = Loop(recipe.looking, grown.looking, run_dir / "looking", every=recipe.checkpoint_every, keep=hold)
     looking.resume()
     looking.train(
-        lambda step: grown.look(batches.draw(recipe.looking, step, looking=True)),
+        look,
         {"evidence": 1.0, "echo": _ECHO, "idle": recipe.looking.text},
         note("looking", recipe.looking),
     )
@@ -104,6 +110,8 @@ def _train(
         share = start_copying(local, top, sample, readout_VD)
         erase(local, top, sample)
         report("start of copying", 1, 1, {"told_apart": share})
+    if recipe.answering.around:
+        batches.refresh(grown.around)
     answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
     answering.resume()
     answering.train(

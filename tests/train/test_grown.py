@@ -65,6 +65,7 @@ def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch
     """A batch over two chunks, two questions and a text, and the token ids it was made from."""
     torch.manual_seed(3)
     ids = [torch.randint(97, (n,)) for n in (*LENGTHS, *QUESTIONS, 12)]
+    ids[2][1:3] = ids[2][5:7]  # the first question says two tokens again
 
     @torch.no_grad()
     def states(*rows):
@@ -90,6 +91,8 @@ def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch
         target_R=target,
         evidence_R=evidence,
         first_R=first,
+        other_OD=torch.empty(0, 32),
+        blind_RG=torch.zeros(5, 2, dtype=torch.bool),
         context_tokens=context_tokens,
         text_BTD=text,
         text_ids_BT=ids[4].unsqueeze(0),
@@ -155,12 +158,12 @@ def evidence_loss(batch: Batch, mass: torch.Tensor) -> torch.Tensor:
 
 
 def echo_loss(batch: Batch, ids: list[torch.Tensor], mass: torch.Tensor) -> torch.Tensor:
-    """-log of the mass on tokens that equal the next one and half that on firsts, where there is no evidence."""
+    """-log of the mass on tokens that equal the next one and some of that on firsts, where there is no evidence."""
     terms = []
     for row, token, target, place in zip(batch.row_R, batch.token_R, batch.target_R, batch.evidence_R, strict=True):
         if place == NO_EVIDENCE:
             helps = (torch.cat([*ids[:2], ids[2 + row]]) == target).float()
-            helps[FIRSTS] = 0.5
+            helps[FIRSTS] = 0.1 if (row, token) == (0, 5) else 0.5
             terms.append(-(mass[row, :, token, : len(helps)] @ helps).log().mean())
     return torch.stack(terms).mean()
 
@@ -189,6 +192,52 @@ def test_dilution_repeats_the_distractors() -> None:
         counted = mass[row, :, token] * weight
         diluted[row, :, token] = counted / counted.sum(-1, keepdim=True)
     torch.testing.assert_close(evidence, evidence_loss(batch, diluted), rtol=1e-4, atol=1e-5)
+
+
+def test_other_chunks_count_as_chunks_of_the_context(model: Transformer) -> None:
+    """Losses and gradients of queries are the same; keys and values of other chunks get no gradient."""
+    whole, _ = world(model)
+    grown = Grown(model, 0, 1.0, torch.randn(32))
+    row = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1])  # all tokens that have a successor
+    token = torch.tensor([*range(6), *range(9)])
+    whole = replace(
+        whole,
+        row_R=row,
+        token_R=token,
+        target_R=whole.question_ids_QT[row, token + 1],
+        evidence_R=torch.tensor([5, 7, 3] * 5),
+        first_R=torch.tensor([True, False, False] * 5),
+        blind_RG=torch.zeros(15, 2, dtype=torch.bool),
+    )
+    near, far = LENGTHS
+    other = grown.around(whole.chunk_CTD)[1, :far]
+    parted = replace(
+        whole, chunk_CTD=whole.chunk_CTD[:1], chunk_lengths=[near], chunk_ids_N=whole.chunk_ids_N[:near], other_OD=other
+    )
+    gradients, attn = [], model.blocks[AT].self_attn
+    for batch in (whole, parted):
+        for weight in (attn.q_proj.weight, attn.v_proj.weight):
+            weight.requires_grad_(True)
+            weight.grad = None
+        looking, answering = grown.look(batch), grown.answer(batch)
+        (looking["evidence"] + answering["answer"]).backward()
+        gradients.append((looking["evidence"].detach(), answering["answer"].detach(), attn.q_proj.weight.grad))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_blind_heads_see_nothing_of_the_context(model: Transformer) -> None:
+    batch, _ = world(model)
+    grown = Grown(model, 0, 1.0, torch.randn(32))
+    row, token = torch.tensor([0] * 6 + [1] * 9), torch.tensor([*range(6), *range(9)])
+    everything = {"row_R": row, "token_R": token, "target_R": batch.question_ids_QT[row, token + 1]}
+    everything |= {"evidence_R": torch.full((15,), 5), "first_R": torch.zeros(15, dtype=torch.bool)}
+    for blind in (True, False):
+        seeing = replace(batch, **everything, blind_RG=torch.full((15, 2), blind))
+        elsewhere = replace(seeing, chunk_CTD=seeing.chunk_CTD.flip(2))
+        with torch.no_grad():
+            same = torch.equal(grown.answer(seeing)["answer"], grown.answer(elsewhere)["answer"])
+        assert same == blind
 
 
 def test_each_phase_trains_what_is_its_own(model: Transformer) -> None:
