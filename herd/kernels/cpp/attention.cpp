@@ -17,13 +17,11 @@ namespace {
 
 constexpr int64_t PIECE = 256;  // tokens whose logits are in cache
 
-float from_half(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-  if (exponent == 0) return (sign ? -1 : 1) * std::ldexp((float)fraction, -24);
-  const uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
+float from_half(uint16_t h) {  // finite numbers; without branches, so that the compiler makes vectors of it
+  const uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
   float x;
   std::memcpy(&x, &bits, 4);
-  return x;
+  return (h & 0x8000 ? -0x1p112f : 0x1p112f) * x;
 }
 
 struct Queries {
@@ -54,26 +52,38 @@ void split(const float* q, Queries& to) {
   }
 }
 
+// Logits of 16 tokens and ROWS queries from r on: several at once, because each sum waits for its last step.
+template <int ROWS>
+void some_logits(const Queries& q, int64_t r, const uint8_t* columns, Float16 scale, float* to) {
+  Int16 high[ROWS], low[ROWS];
+  for (int j = 0; j < ROWS; j++) high[j] = low[j] = zero_int();
+  for (int64_t i = 0; i < q.d / 4; i++) {
+    const Bytes column = load_bytes(columns + 64 * i);
+    for (int j = 0; j < ROWS; j++) {
+      int32_t high4, low4;
+      std::memcpy(&high4, q.high.at + (r + j) * q.d + 4 * i, 4);
+      std::memcpy(&low4, q.low.at + (r + j) * q.d + 4 * i, 4);
+      high[j] = dot(high[j], column, high4);
+      low[j] = dot(low[j], column, low4);
+    }
+  }
+  for (int j = 0; j < ROWS; j++) {
+    const float q_scale = q.scale.at[r + j];
+    const Float16 coarse = multiply(times(to_float(subtract(high[j], q.high_excess.at[r + j])), q_scale), scale);
+    const Float16 fine = times(to_float(subtract(low[j], q.low_excess.at[r + j])), q_scale / 254);
+    store(to + (r + j) * PIECE, fma(fine, scale, coarse));
+  }
+}
+
 // Logits of 16 tokens: keys transposed to four dimensions of 16 tokens at a time. to [R, PIECE].
 void logits16(const Queries& q, const int8_t* keys, const float* key_scale, float* to) {
   const Float16 scale = load(key_scale);
-  const int64_t quads = q.d / 4;
   alignas(64) uint8_t columns[256 * 64];
+  for (int64_t i = 0; i < 16 * q.d; i += 64) __builtin_prefetch(keys + 64 * q.d + i);
   transpose_keys(keys, q.d, columns);
-  for (int64_t r = 0; r < q.R; r++) {
-    Int16 high = zero_int(), low = zero_int();
-    for (int64_t i = 0; i < quads; i++) {
-      int32_t high4, low4;
-      std::memcpy(&high4, q.high.at + r * q.d + 4 * i, 4);
-      std::memcpy(&low4, q.low.at + r * q.d + 4 * i, 4);
-      const Bytes column = load_bytes(columns + 64 * i);
-      high = dot(high, column, high4);
-      low = dot(low, column, low4);
-    }
-    const Float16 coarse = multiply(times(to_float(subtract(high, q.high_excess.at[r])), q.scale.at[r]), scale);
-    const Float16 fine = times(to_float(subtract(low, q.low_excess.at[r])), q.scale.at[r] / 254);
-    store(to + r * PIECE, fma(fine, scale, coarse));
-  }
+  int64_t r = 0;
+  for (; r + 3 <= q.R; r += 3) some_logits<3>(q, r, columns, scale, to);
+  for (; r < q.R; r++) some_logits<1>(q, r, columns, scale, to);
 }
 
 // Running softmax of every query: the largest logit, the sum of weights relative to it, the sum of values.
@@ -106,51 +116,63 @@ struct State {
   }
 };
 
-// Logits of one piece become weights; `cut`: the weight below which a query needs no value.
-void weights(State& state, float* logits, int64_t count, float log_cut, const State& before, float* cut) {
+// Logits of one piece become weights; `cut`: the weight below which a query needs no value. Returns how many queries
+// need any of the piece, and which; for the others all of it is left out.
+int64_t weights(State& state, float* logits, int64_t count, float log_cut, const State& before, float* cut,
+                int64_t* needing) {
+  int64_t need = 0;
   const int64_t padded = (count + 15) / 16 * 16;
   for (int64_t r = 0; r < state.R; r++) {
     float* row = logits + r * PIECE;
     for (int64_t n = count; n < padded; n++) row[n] = LOWEST;
     const float most = largest(row, padded);
     if (most > state.most.at[r]) state.rescale(r, most);
-    state.sum.at[r] += exponentials(row, padded, state.most.at[r]);
+    const float sum = exponentials(row, padded, state.most.at[r]);
+    state.sum.at[r] += sum;
     // All that is known so far: this part and those before it.
     const float now = state.log_sum(r), then = before.log_sum(r), top = now > then ? now : then;
     const float both = top + std::log(std::exp(now - top) + std::exp(then - top));
     cut[r] = std::exp(both + log_cut - state.most.at[r]);
+    if (exponential(most - state.most.at[r]) < cut[r])
+      state.left_out.at[r] += sum;
+    else
+      needing[need++] = r;
   }
+  return need;
 }
 
-void add_values(State& state, const float* weight, const float* cut, const int8_t* values, const uint16_t* scale,
-                int64_t count) {
+void add_values(State& state, const float* weight, const float* cut, const int64_t* needing, int64_t need,
+                const int8_t* values, const uint16_t* scale, int64_t count) {
   const int64_t d = state.d;
-  float wide[256];
-  for (int64_t n = 0; n < count; n++) {
-    bool ready = false;
-    for (int64_t r = 0; r < state.R; r++) {
-      const float w = weight[r * PIECE + n];
-      if (w < cut[r]) {
-        state.left_out.at[r] += w;
+  for (int64_t i = 0; i < need; i++) {
+    const int64_t r = needing[i];
+    for (int64_t first = 0; first < count; first += 16) {
+      const float* block = weight + r * PIECE + first;
+      if (largest(block, 16) < cut[r]) {
+        for (int64_t n = 0; n < 16; n++) state.left_out.at[r] += block[n];
         continue;
       }
-      if (!ready) {
-        const float s = from_half(scale[n]);
-        for (int64_t i = 0; i < d; i++) wide[i] = s * (float)values[n * d + i];
-        ready = true;
+      for (int64_t n = first; n < least(first + 16, count); n++) {
+        const float w = weight[r * PIECE + n];
+        if (w < cut[r]) {
+          state.left_out.at[r] += w;
+          continue;
+        }
+        const float factor = w * from_half(scale[n]);
+        for (int64_t j = 0; j < d; j++) state.out.at[r * d + j] += factor * (float)values[n * d + j];
       }
-      for (int64_t i = 0; i < d; i++) state.out.at[r * d + i] += w * wide[i];
     }
   }
 }
 
 void one_part(const Queries& q, const Tokens& t, float log_cut, const State& before, State& state, float* logits,
-               float* cut) {
+              float* cut, int64_t* needing) {
   alignas(64) float key_scale[PIECE];
   alignas(64) int8_t last[16 * 256];
   for (int64_t n = 0; n < t.count; n += PIECE) {
     const int64_t count = least(PIECE, t.count - n);
-    for (int64_t i = 0; i < PIECE; i++) key_scale[i] = i < count ? from_half(t.key_scale[n + i]) : 0;
+    for (int64_t i = 0; i < count; i++) key_scale[i] = from_half(t.key_scale[n + i]);
+    for (int64_t i = count; i < PIECE; i++) key_scale[i] = 0;
     for (int64_t i = 0; i < count; i += 16) {
       const int8_t* keys = t.keys + (n + i) * q.d;
       if (count - i < 16) {  // do not read past the end
@@ -160,8 +182,8 @@ void one_part(const Queries& q, const Tokens& t, float log_cut, const State& bef
       }
       logits16(q, keys, key_scale + i, logits + i);
     }
-    weights(state, logits, count, log_cut, before, cut);
-    add_values(state, logits, cut, t.values + n * q.d, t.value_scale + n, count);
+    const int64_t need = weights(state, logits, count, log_cut, before, cut, needing);
+    add_values(state, logits, cut, needing, need, t.values + n * q.d, t.value_scale + n, count);
   }
 }
 
@@ -178,10 +200,11 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
     {
       State mine(R, d), part(R, d);
       Buffer<float> logits(R * PIECE), cut(R);
+      Buffer<int64_t> needing(R);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t k = 0; k < K; k++) {
         part.clear();
-        one_part(queries, tokens[k * G + g], log_cut, mine, part, logits.at, cut.at);
+        one_part(queries, tokens[k * G + g], log_cut, mine, part, logits.at, cut.at, needing.at);
         for (int64_t r = 0; r < R; r++) part_lse[(k * G + g) * R + r] = part.log_sum(r);
         mine.add(part);
       }

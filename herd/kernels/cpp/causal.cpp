@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "buffer.h"
+#include "simd.h"
 #include "vector_math.h"
 
 namespace herd {

@@ -28,6 +28,7 @@ inline Int16 subtract(Int16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512
 inline Float16 fma(Float16 a, Float16 b, Float16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Float16 times(Float16 a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
 inline Float16 multiply(Float16 a, Float16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Float16 larger(Float16 a, Float16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 
 // 16 outputs times 4 inputs of weights, as unsigned bytes.
 struct Bytes {
@@ -68,6 +69,7 @@ inline Float16 times(Float16 x, float y) {
 }
 
 inline Float16 multiply(Float16 x, Float16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Float16 larger(Float16 x, Float16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 
 struct Bytes {
   __m256i a, b;
@@ -136,6 +138,10 @@ inline Float16 multiply(Float16 x, Float16 y) {
   for (int i = 0; i < 4; i++) x.v[i] = vmulq_f32(x.v[i], y.v[i]);
   return x;
 }
+inline Float16 larger(Float16 x, Float16 y) {
+  for (int i = 0; i < 4; i++) x.v[i] = vmaxq_f32(x.v[i], y.v[i]);
+  return x;
+}
 inline Bytes load_bytes(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
 inline Bytes low_nibbles(Bytes x) {
   for (int i = 0; i < 4; i++) x.v[i] = vandq_u8(x.v[i], vdupq_n_u8(15));
@@ -196,6 +202,10 @@ inline Float16 multiply(Float16 x, Float16 y) {
   for (int i = 0; i < 16; i++) x.v[i] *= y.v[i];
   return x;
 }
+inline Float16 larger(Float16 x, Float16 y) {
+  for (int i = 0; i < 16; i++) x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i];
+  return x;
+}
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes x;
   std::memcpy(x.v, p, sizeof x.v);
@@ -218,6 +228,16 @@ inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
 }
 
 #endif
+
+// The largest of 16 * k numbers.
+inline float largest(const float* x, int64_t count) {
+  Float16 most = load(x);
+  for (int64_t n = 16; n < count; n += 16) most = larger(most, load(x + n));
+  float lanes[16];
+  store(lanes, most);
+  for (int i = 1; i < 16; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
 
 // Keys of 16 tokens [16, d] as bytes of weights: four dimensions of all 16 tokens, then the next four; 128 added.
 #if defined(__AVX512VNNI__)

@@ -25,16 +25,6 @@ inline float exponential(float x) {
   return (p * f * f + f + 1.0f) * power;
 }
 
-inline float largest(const float* x, int64_t count) {  // count is a multiple of 16
-  float most[16];
-  std::memcpy(most, x, sizeof most);
-  for (int64_t n = 16; n < count; n += 16)
-    for (int i = 0; i < 16; i++) most[i] = x[n + i] > most[i] ? x[n + i] : most[i];
-  float found = most[0];
-  for (int i = 1; i < 16; i++) found = most[i] > found ? most[i] : found;
-  return found;
-}
-
 // x becomes exp(x - most); returns the sum.
 inline float exponentials(float* x, int64_t count, float most) {  // count is a multiple of 16
   float sums[16] = {};
