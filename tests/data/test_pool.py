@@ -1,6 +1,7 @@
 """A pool's evidence points at the very text that the answer repeats."""
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,35 @@ def test_keys_are_unique(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(chunks) == 1 for key, chunks in asked.items() if key)
     assert {"ONLY_ONE", "ONLY_TWO"} <= asked.keys()
     assert "SHARED_NAME" not in asked
+
+
+def test_text_of_a_folder_stays_together(tmp_path: Path) -> None:
+    for folder in ("apples", "pears", "plums"):
+        (tmp_path / folder).mkdir()
+        for name in ("one", "two", "three"):
+            lines = "".join(f"{folder}_{name}_{i} = {i}\n" for i in range(60))
+            (tmp_path / folder / f"{name}.py").write_text(lines)
+    words = tokenizer(tmp_path / "apples")
+    pool = build(recipe(tmp_path, chunks=18, facts_per_chunk=0, chunk_size=300), words)
+    folders = [words.decode(chunk_ids(pool, i)).split("/")[0] for i in range(len(pool.chunk_start_C) - 1)]
+    changes = sum(a != b for a, b in pairwise(folders))
+    assert len(set(folders)) == 3 and changes <= 5  # twice over all three at the most
+    assert len(folders) > 9
+
+
+def test_quotes_begin_with_words_that_stand_in_one_place(tmp_path: Path) -> None:
+    said = "this line says the same in both of the files that there are here"
+    for name in ("one", "two"):
+        own = "".join(f"{name} number {i} is what this line of the file begins with\n" for i in range(12))
+        (tmp_path / f"{name}.py").write_text(f"{said}\n" * 12 + own)
+    words = tokenizer(tmp_path)
+    pool = build(recipe(tmp_path, chunks=12, facts_per_chunk=0, quotes_per_chunk=3, questions_per_chunk=99), words)
+    starts = pool.question_start_Q
+    asked = [
+        words.decode(pool.question_ids_M[starts[q] : starts[q + 1]].tolist())
+        for q in np.flatnonzero(pool.family_Q == "quote")
+    ]
+    assert asked and not any(said[:14] in text for text in asked)
 
 
 def test_same_seed_same_pool(made: tuple[Pool, Tokenizer], folder: Path, tmp_path: Path) -> None:
