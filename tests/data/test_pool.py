@@ -121,7 +121,8 @@ def test_quotes_begin_with_words_that_stand_in_one_place(tmp_path: Path) -> None
         own = "".join(f"{name} number {i} is what this line of the file begins with\n" for i in range(12))
         (tmp_path / f"{name}.py").write_text(f"{said}\n" * 12 + own)
     words = tokenizer(tmp_path)
-    pool = build(recipe(tmp_path, chunks=12, facts_per_chunk=0, quotes_per_chunk=3, questions_per_chunk=99), words)
+    one_each = {"chunks": 2, "chunk_size": 1200, "questions_per_chunk": 99}
+    pool = build(recipe(tmp_path, **one_each, facts_per_chunk=0, quotes_per_chunk=20), words)
     starts = pool.question_start_Q
     asked = [
         words.decode(pool.question_ids_M[starts[q] : starts[q + 1]].tolist())
