@@ -155,23 +155,40 @@ class Context:
         """
         return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress)
 
-    def ask(self, question: str, *, max_tokens: int = 256, on_text: OnText | None = None) -> Answer:
+    def ask(
+        self,
+        question: str,
+        *,
+        also: Sequence["Context"] = (),
+        max_tokens: int = 256,
+        on_text: OnText | None = None,
+    ) -> Answer:
         """Answer one question, greedily; on_text is called with each new piece of text.
 
-        ContextError if nothing was read yet. PromptError if context, question and answer need more positions than
-        the model has.
+        also: further contexts of the same model, which count as if they had been read into this one. ContextError if
+        one of them is empty. PromptError if contexts, question and answer need more positions than the model has.
         """
-        return self._ask([question], max_tokens, on_text)[0]
+        return self._ask([question], also, max_tokens, on_text)[0]
 
-    def ask_many(self, questions: Sequence[str], *, max_tokens: int = 256) -> list[Answer]:
+    def ask_many(
+        self, questions: Sequence[str], *, also: Sequence["Context"] = (), max_tokens: int = 256
+    ) -> list[Answer]:
         """Answers to independent questions, the same as one by one; each pass over the context serves them all."""
-        return self._ask(questions, max_tokens, None)
+        return self._ask(questions, also, max_tokens, None)
 
-    def _ask(self, questions: Sequence[str], max_tokens: int, on_text: OnText | None) -> list[Answer]:
-        if not self._store.tokens:
-            raise ContextError(f"{self.folder} is empty; read something into it first")
+    def _ask(
+        self, questions: Sequence[str], also: Sequence["Context"], max_tokens: int, on_text: OnText | None
+    ) -> list[Answer]:
+        contexts = [self, *also]
+        for context in contexts:
+            if not context.tokens:
+                raise ContextError(f"{context.folder} is empty; read something into it first")
+            if context._model.fingerprint != self._model.fingerprint:
+                raise ContextError(f"{context.folder} was read by another model than {self.folder}; ask them apart")
+        if len({context.folder.resolve() for context in contexts}) < len(contexts):
+            raise ContextError("the same context is named twice; name each once")
         tokenizer = self._model.tokenizer
-        cache = ContextCache(self._store, self._model.config, len(questions))
+        cache = ContextCache([context._store for context in contexts], self._model.config, len(questions))
         text = tokenizer.stream()
         rows: list[list[int]] = [[] for _ in questions]
         stream = engine.stream(

@@ -20,6 +20,7 @@ EXAMPLES = examples(
     'herd ask "What is the default timeout?" src docs manual.pdf',
     'herd ask "What is the default timeout?" --context ./ctx',
     'herd ask "Which class contains putheader?" src --context ./ctx --json',
+    'herd ask "Who wrote the parser?" --context ./code --context ./mails',
 )
 
 
@@ -28,9 +29,14 @@ def command(
     paths: Annotated[
         list[str] | None, typer.Argument(metavar="[PATH...]", help="Files, folders, or - for stdin, to read first.")
     ] = None,
-    context: Annotated[
-        Path | None,
-        typer.Option("--context", "-c", metavar="DIR", help="The context. Default: one in the cache for these paths."),
+    contexts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--context",
+            "-c",
+            metavar="DIR",
+            help="The context, or several to be asked together. Default: one in the cache for these paths.",
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     model: ModelOption = "cria",
@@ -41,13 +47,17 @@ def command(
     The answer is followed by its citations, source:first-last line with the share of attention they carried.
     Times in --json are seconds; first_token_s and answer_s count from the start of the command.
     """
-    if context is None and not paths:
+    folders = contexts or []
+    if not folders and not paths:
         raise PromptError("nothing to answer from; name files or folders, or --context DIR")
-    if context is not None and not paths and not context.is_dir():
-        raise ContextError(f"{context} does not exist; name files or folders to read into it")
+    if len(folders) > 1 and paths:
+        raise PromptError(f"files are read into one context, and {len(folders)} are named; use herd read first")
+    for folder in folders:
+        if not paths and not folder.is_dir():
+            raise ContextError(f"{folder} does not exist; name files or folders to read into it")
     loaded = herd.load(model)
-    folder = context or cached_context(paths or [], loaded.fingerprint)
-    opened = herd.Context.open(folder, loaded)
+    folders = folders or [cached_context(paths or [], loaded.fingerprint)]
+    opened, *also = (herd.Context.open(folder, loaded) for folder in folders)
     report = None
     if paths:
         with interruptible(KEPT), reading() as progress:
@@ -56,7 +66,7 @@ def command(
             print_report(report)
     out = _Clocked(quiet=as_json)
     with interruptible("the context is kept; ask again any time"):
-        answer = opened.ask(question, max_tokens=max_tokens, on_text=out)
+        answer = opened.ask(question, also=also, max_tokens=max_tokens, on_text=out)
     done = time.perf_counter() - STARTED
     timing = {
         "read_s": report.seconds if report else 0.0,
@@ -65,10 +75,10 @@ def command(
         "read_tokens_per_s": tokens_per_s(report),
     }
     if as_json:
-        print_json(_result(answer, context_json(opened, report), timing))
+        print_json(_result(answer, context_json(opened, report), [context_json(c, None) for c in also], timing))
         return
     out.end()
-    print_citations(answer)
+    print_citations(answer, with_context=bool(also))
     note(f"first token after {timing['first_token_s']:.1f} s, answer after {done:.1f} s")
 
 
@@ -81,12 +91,15 @@ def cached_context(paths: list[str], fingerprint: str) -> Path:
     return home() / "contexts" / key[:24]
 
 
-def _result(answer: "herd.Answer", context: dict[str, Any], timing: dict[str, float]) -> dict[str, Any]:
+def _result(
+    answer: "herd.Answer", context: dict[str, Any], also: list[dict[str, Any]], timing: dict[str, float]
+) -> dict[str, Any]:
     return {
         "answer": answer.text,
-        "citations": [citation_json(citation) for citation in answer.citations],
+        "citations": [citation_json(citation, with_context=bool(also)) for citation in answer.citations],
         "missed_mass": answer.missed_mass,
         "context": context,
+        **({"also": also} if also else {}),
         "timing": {name: round(value, 3) for name, value in timing.items()},
     }
 

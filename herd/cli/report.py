@@ -49,15 +49,17 @@ def print_skipped(skipped: list[tuple[str, str]]) -> None:
         note(f"skipped {len(skipped) - SKIPPED_SHOWN:,} more; --json lists all")
 
 
-def print_citations(answer: herd.Answer) -> None:
-    """One line per citation on stdout, as source:first-last and its weight."""
+def print_citations(answer: herd.Answer, *, with_context: bool = False) -> None:
+    """One line per citation on stdout, as source:first-last and its weight; with_context: and the context's folder."""
     for citation in answer.citations:
         first, last = citation.lines
-        print(f"  {citation.source}:{first}-{last}  {citation.weight:.2f}")
+        context = f"  in {citation.context}" if with_context else ""
+        print(f"  {citation.source}:{first}-{last}  {citation.weight:.2f}{context}")
 
 
-def citation_json(citation: herd.Citation) -> dict[str, Any]:
-    return {"source": citation.source, "lines": list(citation.lines), "weight": round(citation.weight, 4)}
+def citation_json(citation: herd.Citation, *, with_context: bool = False) -> dict[str, Any]:
+    place = {"source": citation.source, "lines": list(citation.lines), "weight": round(citation.weight, 4)}
+    return {**place, "context": str(citation.context)} if with_context else place
 
 
 def context_json(context: herd.Context, report: herd.ReadReport | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The memory of questions asked about a context: the cache seam over a Store and the questions' own tokens.
+"""The memory of questions asked about contexts: the cache seam over their Stores and the questions' own tokens.
 
 Shape suffixes: B batch, T tokens, H query heads, G key/value heads, d head_dim, N query tokens, R query rows of one
 key/value head, K runs of chunks of the context, n tokens of a chunk.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,19 @@ class _Look:
 
 
 class ContextCache:
-    """Global attention sees the whole context and the sequence's own tokens; local attention its own chunk.
+    """Global attention sees all contexts and the sequence's own tokens; local attention its own chunk.
 
-    The context is shared by all sequences of the batch: one pass over it serves them all. Positions of the questions
-    start at `start_position`. What the tokens from which a token is chosen (the last real one of each sequence and
-    forward pass) looked at can be asked for afterwards: `chunk_mass`, `token_mass`.
+    Several contexts count as one that holds all their chunks. They are shared by all sequences of the batch: one pass
+    over them serves all. Positions of the questions start at `start_position`. What the tokens from which a token is
+    chosen (the last real one of each sequence and forward pass) looked at can be asked for afterwards: `chunk_mass`,
+    `token_mass`.
     """
 
-    def __init__(self, store: Store, cfg: TextConfig, batch: int) -> None:
-        self.store, self.cfg = store, cfg
-        self.start_position = store.end_position
+    def __init__(self, stores: Sequence[Store], cfg: TextConfig, batch: int) -> None:
+        self.cfg = cfg
+        self.start_position = sum(store.end_position for store in stores)
         self._own = KVCache(cfg)
-        self._runs = runs(store)
+        self._runs = [run for store in stores for run in runs(store)]
         # Attention mass per sequence and run is kept; queries are few, so a closer look is computed when asked for.
         self._mass_BK = torch.zeros(batch, len(self._runs))
         self._missed_B = torch.zeros(batch)
@@ -80,15 +82,16 @@ class ContextCache:
         """The most of any query's attention to the context whose values were left out, for each sequence."""
         return self._missed_B
 
-    def chunk_mass(self, row: int, at_least: float) -> dict[int, float]:
+    def chunk_mass(self, row: int, at_least: float) -> dict[tuple[Store, int], float]:
         """Attention of each live chunk of the runs that received at least this much; the heaviest block always."""
         mass_K = self._mass_BK[row]
         chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
-        return {chunk: float(self.token_mass(row, chunk).sum()) for k in chosen for chunk in self._runs[k].chunks}
+        places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
+        return {place: float(self.token_mass(row, *place).sum()) for place in places}
 
-    def token_mass(self, row: int, chunk: int) -> Tensor:
+    def token_mass(self, row: int, store: Store, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received."""
-        kv = self.store.kv(chunk)
+        kv = store.kv(chunk)
         k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32) if kv.k_scale_GN is not None else kv.k_GNd
         q_GRd = torch.cat([look.q_GRd for look in self._looks[row]], 1)
         lse_GR = torch.cat([look.lse_GR for look in self._looks[row]], 1)

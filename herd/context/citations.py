@@ -1,6 +1,7 @@
 """Where an answer comes from: the chunks that its tokens attended to, narrowed to the lines that carried the mass."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -19,11 +20,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Citation:
-    """Lines first..last (1-based, inclusive) of a source and their chunk's share of the attention, 0 to 1."""
+    """Lines first..last (1-based, inclusive) of a source and their chunk's share of the attention, 0 to 1.
+
+    context: the folder of the context that holds the source.
+    """
 
     source: str
     lines: tuple[int, int]
     weight: float
+    context: Path
 
 
 def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
@@ -33,15 +38,15 @@ def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
     if total <= 0:
         return []
     heaviest = sorted(masses.items(), key=lambda item: -item[1])[:MAX_CITATIONS]
-    store = cache.store
     found = []
-    for rank, (chunk, mass) in enumerate(heaviest):
+    for rank, ((store, chunk), mass) in enumerate(heaviest):
         weight = mass / total
         if rank and weight < MIN_WEIGHT:
             break
         place = store.chunks[chunk]
-        lines = _narrow(_lines(store.ids(chunk), place.first_line, tokenizer), cache.token_mass(row, chunk))
-        found.append(Citation(store.sources[store.source_of[chunk]].name, lines or _span(place), round(weight, 4)))
+        lines = _narrow(_lines(store.ids(chunk), place.first_line, tokenizer), cache.token_mass(row, store, chunk))
+        source = store.sources[store.source_of[chunk]].name
+        found.append(Citation(source, lines or _span(place), round(weight, 4), store.folder))
     return found
 
 

@@ -19,8 +19,9 @@ MISSED = 1e-3  # most of a query's attention whose values may be left out; what 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring live chunks of one segment, as indices into Store.chunks, and their K/V as they are kept."""
+    """Neighbouring live chunks of one segment, as indices into the store's chunks, and their K/V as they are kept."""
 
+    store: Store
     kv: KV
     chunks: list[int]
 
@@ -45,7 +46,7 @@ def runs(store: Store) -> list[Run]:
 
 def _run(store: Store, kv: KV, run: list[int]) -> Run:
     first, last = store.chunks[run[0]], store.chunks[run[-1]]
-    return Run(kv.part(first.start, last.start + last.tokens), run)
+    return Run(store, kv.part(first.start, last.start + last.tokens), run)
 
 
 def scan(q_GRd: Tensor, runs: list[Run]) -> Attention:

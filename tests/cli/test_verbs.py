@@ -74,6 +74,22 @@ def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, 
     assert only_ask["context"]["skipped"] == first["context"]["skipped"]
 
 
+def test_several_contexts_are_asked_together(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    first, second = notes.parent / "first", notes.parent / "second"
+    model = ("--model", tiny_model)
+    assert run([str(a) for a in ("read", notes / "port.py", "--context", first, *model)]) == 0
+    assert run([str(a) for a in ("read", notes / "gate.txt", "--context", second, *model)]) == 0
+    capsys.readouterr()
+    both = ("ask", "What is the code?", "--context", first, "--context", second, "--max-tokens", 4)
+    answer = run_json(capsys, *both, *model, "--json")
+    assert answer["context"]["dir"] == str(first) and [c["dir"] for c in answer["also"]] == [str(second)]
+    assert {c["context"] for c in answer["citations"]} <= {str(first), str(second)}
+    assert run([str(a) for a in (*both, *model)]) == 0
+    assert f"  in {notes.parent}" in capsys.readouterr().out
+    assert "read into one context, and 2 are named" in fails(capsys, *both, notes, *model)
+    assert "named twice" in fails(capsys, *both[:4], "--context", first, *model)
+
+
 def test_quantised_weights_are_asked_for_by_name(
     capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path
 ) -> None:

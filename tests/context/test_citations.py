@@ -46,7 +46,7 @@ def look(cache: ContextCache, axes: list[int | None], tokens: int = 1) -> None:
 
 
 def test_the_line_that_was_looked_at_is_cited(opened: Store) -> None:
-    cache = ContextCache(opened, CONFIG, 2)
+    cache = ContextCache([opened], CONFIG, 2)
     look(cache, [2, 0], tokens=3)
     look(cache, [2, None])
     (first,), (second,) = cite(cache, 0, Bytes()), cite(cache, 1, Bytes())
@@ -56,7 +56,7 @@ def test_the_line_that_was_looked_at_is_cited(opened: Store) -> None:
 
 
 def test_two_sources_are_cited_by_weight(opened: Store) -> None:
-    cache = ContextCache(opened, CONFIG, 1)
+    cache = ContextCache([opened], CONFIG, 1)
     for axis in (1, 1, 3):
         look(cache, [axis])
     first, second = cite(cache, 0, Bytes())
@@ -65,21 +65,21 @@ def test_two_sources_are_cited_by_weight(opened: Store) -> None:
 
 
 def test_a_header_stands_for_its_whole_chunk(opened: Store) -> None:
-    cache = ContextCache(opened, CONFIG, 1)
+    cache = ContextCache([opened], CONFIG, 1)
     look(cache, [4])
     (only,) = cite(cache, 0, Bytes())
     assert (only.source, only.lines) == ("s0", (10, 12))
 
 
 def test_mass_of_tokens_chunks_and_context_agree(opened: Store) -> None:
-    cache = ContextCache(opened, CONFIG, 1)
+    cache = ContextCache([opened], CONFIG, 1)
     look(cache, [1], tokens=2)
     masses = cache.chunk_mass(0, 0.0)
-    assert set(masses) == {0, 1, 2, 3}
+    assert set(masses) == {(opened, chunk) for chunk in range(4)}
     assert sum(masses.values()) == pytest.approx(float(cache.mass_B[0]), rel=1e-3)
     assert float(cache.mass_B[0]) <= 1.0
 
 
 def test_an_empty_context_has_no_citations(tmp_path: Path) -> None:
-    cache = ContextCache(Store.open(tmp_path / "ctx", spec()), CONFIG, 1)
+    cache = ContextCache([Store.open(tmp_path / "ctx", spec())], CONFIG, 1)
     assert cite(cache, 0, Bytes()) == []

@@ -42,14 +42,14 @@ def test_a_context_equals_one_forward_pass_of_transformers(tmp_path: Path, chunk
         Llama4TextConfig.from_dict(WIDE.to_hf()), attn_implementation="eager"
     ).eval()
     theirs.load_state_dict(model.state_dict())
-    cache = ContextCache(opened, WIDE, 1)
+    cache = ContextCache([opened], WIDE, 1)
     positions = torch.arange(len(QUESTION))[None] + cache.start_position
     ours_TV = model(torch.tensor([QUESTION]), positions, cache)[0]
     theirs_TV = theirs(torch.tensor([ids + QUESTION]), use_cache=False).logits[0, len(ids) :]
     assert (ours_TV - theirs_TV).abs().max() <= 1e-4
 
     answer = engine.generate(
-        model, [QUESTION], max_tokens=12, cache=ContextCache(opened, WIDE, 1), start_position=opened.end_position
+        model, [QUESTION], max_tokens=12, cache=ContextCache([opened], WIDE, 1), start_position=opened.end_position
     )[0]
     expected = list(QUESTION)
     for _ in answer:
@@ -59,14 +59,31 @@ def test_a_context_equals_one_forward_pass_of_transformers(tmp_path: Path, chunk
 
 
 @torch.inference_mode()
+def test_several_contexts_count_as_one(tmp_path: Path) -> None:
+    model = tiny_model(WIDE)
+    places = full_chunks(tmp_path / "src", 5)
+    whole, first, second = (Store.open(tmp_path / n, spec_for(WIDE, "tiny", "float32")) for n in ("w", "a", "b"))
+    read_paths(whole, *places, model=model)
+    read_paths(first, *places[:2], model=model)
+    read_paths(second, *places[2:], model=model)
+    logits = []
+    for stores in ([whole], [first, second]):
+        cache = ContextCache(stores, WIDE, 1)
+        positions = torch.arange(len(QUESTION))[None] + cache.start_position
+        logits.append(model(torch.tensor([QUESTION]), positions, cache))
+    assert len(second.chunks) == 3 and cache.start_position == 5 * CHUNK
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path) -> None:
     model = tiny_model()
     opened = Store.open(tmp_path / "ctx", spec())
     read_paths(opened, *full_chunks(tmp_path / "src", 5), model=model)
     prompts = [QUESTION, list(b"?"), list(b"a somewhat longer question about line 3 that spans chunks: ")]
     ask = {"max_tokens": 6, "start_position": opened.end_position}
-    together = engine.generate(model, prompts, cache=ContextCache(opened, CONFIG, 3), **ask)
-    alone = [engine.generate(model, [p], cache=ContextCache(opened, CONFIG, 1), **ask)[0] for p in prompts]
+    together = engine.generate(model, prompts, cache=ContextCache([opened], CONFIG, 3), **ask)
+    alone = [engine.generate(model, [p], cache=ContextCache([opened], CONFIG, 1), **ask)[0] for p in prompts]
     assert together == alone
 
 
@@ -99,7 +116,7 @@ def test_a_scan_equals_attention_over_all_live_tokens(
 
 def test_an_empty_context_is_no_context(tmp_path: Path) -> None:
     model, opened = tiny_model(), Store.open(tmp_path / "ctx", spec())
-    cache = ContextCache(opened, CONFIG, 1)
+    cache = ContextCache([opened], CONFIG, 1)
     assert cache.start_position == 0
     ids = torch.tensor([QUESTION])
     torch.testing.assert_close(model(ids, torch.arange(len(QUESTION))[None], cache), model(ids))

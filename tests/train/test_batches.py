@@ -1,6 +1,5 @@
 """What a step is made of: its chunks, those around them, and questions that both answer rightly."""
 
-
 import numpy as np
 import pytest
 import torch
