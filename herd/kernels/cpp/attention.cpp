@@ -71,19 +71,20 @@ void some_logits(const Queries& q, int64_t r, const uint8_t* columns, Float16 sc
     const float q_scale = q.scale.at[r + j];
     const Float16 coarse = multiply(times(to_float(subtract(high[j], q.high_excess.at[r + j])), q_scale), scale);
     const Float16 fine = times(to_float(subtract(low[j], q.low_excess.at[r + j])), q_scale / 254);
-    store(to + (r + j) * PIECE, fma(fine, scale, coarse));
+    store(to + j * PIECE, fma(fine, scale, coarse));
   }
 }
 
-// Logits of 16 tokens: keys transposed to four dimensions of 16 tokens at a time. to [R, PIECE].
-void logits16(const Queries& q, const int8_t* keys, const float* key_scale, float* to) {
+// Logits of 16 tokens and R queries from `first` on: keys are transposed to four dimensions of 16 tokens at a time.
+// to [R, PIECE].
+void logits16(const Queries& q, int64_t first, int64_t R, const int8_t* keys, const float* key_scale, float* to) {
   const Float16 scale = load(key_scale);
   alignas(64) uint8_t columns[256 * 64];
   for (int64_t i = 0; i < 16 * q.d; i += 64) __builtin_prefetch(keys + 64 * q.d + i);
   transpose_keys(keys, q.d, columns);
   int64_t r = 0;
-  for (; r + 3 <= q.R; r += 3) some_logits<3>(q, r, columns, scale, to);
-  for (; r < q.R; r++) some_logits<1>(q, r, columns, scale, to);
+  for (; r + 3 <= R; r += 3) some_logits<3>(q, first + r, columns, scale, to + r * PIECE);
+  for (; r < R; r++) some_logits<1>(q, first + r, columns, scale, to + r * PIECE);
 }
 
 // Running softmax of every query: the largest logit, the sum of weights relative to it, the sum of values.
@@ -104,21 +105,23 @@ struct State {
     left_out.at[r] *= factor;
     for (int64_t i = 0; i < d; i++) out.at[r * d + i] *= factor;
   }
-  void add(State& other) {
-    for (int64_t r = 0; r < R; r++) {
-      const float to = most.at[r] > other.most.at[r] ? most.at[r] : other.most.at[r];
-      rescale(r, to);
+  // Adds other queries' results to those from `first` on.
+  void add(State& other, int64_t first) {
+    for (int64_t r = 0; r < other.R; r++) {
+      const int64_t own = first + r;
+      const float to = most.at[own] > other.most.at[r] ? most.at[own] : other.most.at[r];
+      rescale(own, to);
       other.rescale(r, to);
-      sum.at[r] += other.sum.at[r];
-      left_out.at[r] += other.left_out.at[r];
-      for (int64_t i = 0; i < d; i++) out.at[r * d + i] += other.out.at[r * d + i];
+      sum.at[own] += other.sum.at[r];
+      left_out.at[own] += other.left_out.at[r];
+      for (int64_t i = 0; i < d; i++) out.at[own * d + i] += other.out.at[r * d + i];
     }
   }
 };
 
 // Logits of one piece become weights; `cut`: the weight below which a query needs no value. Returns how many queries
 // need any of the piece, and which; for the others all of it is left out.
-int64_t weights(State& state, float* logits, int64_t count, float log_cut, const State& before, float* cut,
+int64_t weights(State& state, float* logits, int64_t count, float log_cut, const float* before, float* cut,
                 int64_t* needing) {
   int64_t need = 0;
   const int64_t padded = (count + 15) / 16 * 16;
@@ -130,7 +133,7 @@ int64_t weights(State& state, float* logits, int64_t count, float log_cut, const
     const float sum = exponentials(row, padded, state.most.at[r]);
     state.sum.at[r] += sum;
     // All that is known so far: this part and those before it.
-    const float now = state.log_sum(r), then = before.log_sum(r), top = now > then ? now : then;
+    const float now = state.log_sum(r), then = before[r], top = now > then ? now : then;
     const float both = top + std::log(std::exp(now - top) + std::exp(then - top));
     cut[r] = std::exp(both + log_cut - state.most.at[r]);
     if (exponential(most - state.most.at[r]) < cut[r])
@@ -165,8 +168,9 @@ void add_values(State& state, const float* weight, const float* cut, const int64
   }
 }
 
-void one_part(const Queries& q, const Tokens& t, float log_cut, const State& before, State& state, float* logits,
-              float* cut, int64_t* needing) {
+// before: for each query from `first` on, the log of the sum of all weights that this thread has seen.
+void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, const float* before, State& state,
+              float* logits, float* cut, int64_t* needing) {
   alignas(64) float key_scale[PIECE];
   alignas(64) int8_t last[16 * 256];
   for (int64_t n = 0; n < t.count; n += PIECE) {
@@ -180,7 +184,7 @@ void one_part(const Queries& q, const Tokens& t, float log_cut, const State& bef
         std::memcpy(last, keys, (count - i) * q.d);
         keys = last;
       }
-      logits16(q, keys, key_scale + i, logits + i);
+      logits16(q, first, state.R, keys, key_scale + i, logits + i);
     }
     const int64_t need = weights(state, logits, count, log_cut, before, cut, needing);
     add_values(state, logits, cut, needing, need, t.values + n * q.d, t.value_scale + n, count);
@@ -192,30 +196,30 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
   int64_t total = 0;
   for (int64_t k = 0; k < K; k++) total += tokens[k * G].count;
   const float log_cut = std::log(missed / (float)(total > 0 ? total : 1));
-  for (int64_t g = 0; g < G; g++) {
-    Queries queries(R, d);
-    split(q + g * R * d, queries);
-    State all(R, d);
+  Queries queries(G * R, d);
+  split(q, queries);
+  State all(G * R, d);
 #pragma omp parallel num_threads(threads)
-    {
-      State mine(R, d), part(R, d);
-      Buffer<float> logits(R * PIECE), cut(R);
-      Buffer<int64_t> needing(R);
+  {
+    State mine(G * R, d), part(R, d);
+    Buffer<float> logits(R * PIECE), cut(R), before(R);
+    Buffer<int64_t> needing(R);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < K; k++) {
-        part.clear();
-        one_part(queries, tokens[k * G + g], log_cut, mine, part, logits.at, cut.at, needing.at);
-        for (int64_t r = 0; r < R; r++) part_lse[(k * G + g) * R + r] = part.log_sum(r);
-        mine.add(part);
-      }
+    for (int64_t item = 0; item < K * G; item++) {
+      const int64_t first = item % G * R;
+      part.clear();
+      for (int64_t r = 0; r < R; r++) before.at[r] = mine.log_sum(first + r);
+      one_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
+      for (int64_t r = 0; r < R; r++) part_lse[item * R + r] = part.log_sum(r);
+      mine.add(part, first);
+    }
 #pragma omp critical
-      all.add(mine);
-    }
-    for (int64_t r = 0; r < R; r++) {
-      lse[g * R + r] = all.log_sum(r);
-      left_out[g * R + r] = all.left_out.at[r] / all.sum.at[r];
-      for (int64_t i = 0; i < d; i++) out[(g * R + r) * d + i] = all.out.at[r * d + i] / all.sum.at[r];
-    }
+    all.add(mine, 0);
+  }
+  for (int64_t r = 0; r < G * R; r++) {
+    lse[r] = all.log_sum(r);
+    left_out[r] = all.left_out.at[r] / all.sum.at[r];
+    for (int64_t i = 0; i < d; i++) out[r * d + i] = all.out.at[r * d + i] / all.sum.at[r];
   }
 }
 
