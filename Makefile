@@ -34,7 +34,8 @@ test: lint $(if $(wildcard herd/models/cria/delta.safetensors),cria)
 
 eval: $(DONE)/dev cria
 	$(BIN)/herd eval needle --length 128K,1M --out eval/needle.json
-	$(BIN)/herd eval lookup --length 128K,1M --out eval/lookup.json
+	$(BIN)/herd eval lookup --length 128K,1M --no-base --out eval/lookup.json
+	$(BIN)/herd eval lookup --length 128K --trials 100 --out eval/lookup-rag.json
 	$(BIN)/herd eval context --length 1M --out eval/context.json
 	$(BIN)/herd eval perplexity --out eval/perplexity.json
 	$(BIN)/python tools/readme.py

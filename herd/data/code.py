@@ -57,7 +57,9 @@ def questions(chunk_text: str, rng: Random, split: str = "train") -> list[Questi
             continue
         if chunk_text.count(evidence) == 1 and evidence.count(copied) == 1:
             text = phrase(family, name, source, rng, split)
-            asked.append(Question(family, text, copied, copied, evidence, value, key=name, kind=family))
+            # A docstring is quoted with its signature; how the answer begins says that it goes on after that.
+            answer = f"docs of {name}: {copied}" if family == "docstring" else copied
+            asked.append(Question(family, text, answer, copied, evidence, value, key=name, kind=family))
     return asked
 
 

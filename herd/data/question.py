@@ -34,7 +34,7 @@ class Question:
     def as_absent(self) -> Question:
         """The same question, asked in a context that does not hold its evidence (the caller makes sure of that)."""
         # Every answer begins with the key, so that it is complete before the model has to know whether it is there.
-        opening = {"parameters": "def ", "docstring": "def ", "class": "method "}.get(self.family, "")
+        opening = {"parameters": "def ", "docstring": "docs of ", "class": "method "}.get(self.family, "")
         return replace(
             self,
             family=f"absent-{self.family}",

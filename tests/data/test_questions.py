@@ -90,7 +90,7 @@ def test_kind_of_value(kind: str) -> None:
 def test_absent_says_the_name() -> None:
     question = code.absent("constant", Random(0), lambda name: False)
     assert question.answer == f"{question.key} is not in the context." and question.key in question.question
-    assert code.absent("docstring", Random(0), lambda name: False).answer.startswith("def ")
+    assert code.absent("docstring", Random(0), lambda name: False).answer.startswith("docs of ")
     assert facts.absent(Random(0)).answer.endswith(" is not in the context.")
 
 
