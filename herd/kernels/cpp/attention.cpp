@@ -80,7 +80,7 @@ void some_logits(const Queries& q, int64_t r, const uint8_t* columns, Float16 sc
 void logits16(const Queries& q, int64_t first, int64_t R, const int8_t* keys, const float* key_scale, float* to) {
   const Float16 scale = load(key_scale);
   alignas(64) uint8_t columns[256 * 64];
-  for (int64_t i = 0; i < 16 * q.d; i += 64) __builtin_prefetch(keys + 64 * q.d + i);
+  for (int64_t i = 0; i < 16 * q.d; i += 64) __builtin_prefetch(keys + 128 * q.d + i);
   transpose_keys(keys, q.d, columns);
   int64_t r = 0;
   for (; r + 3 <= R; r += 3) some_logits<3>(q, first + r, columns, scale, to + r * PIECE);
@@ -168,7 +168,7 @@ void add_values(State& state, const float* weight, const float* cut, const int64
   }
 }
 
-// before: for each query from `first` on, the log of the sum of all weights that this thread has seen.
+// before: for each query from `first` on, the log of a sum of weights that are not of this part.
 void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, const float* before, State& state,
               float* logits, float* cut, int64_t* needing) {
   alignas(64) float key_scale[PIECE];
@@ -199,6 +199,8 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
   Queries queries(G * R, d);
   split(q, queries);
   State all(G * R, d);
+  Buffer<float> known(G * R);  // the largest log-sum that any thread has seen: what one finds spares the others values
+  for (int64_t r = 0; r < G * R; r++) known.at[r] = LOWEST;
 #pragma omp parallel num_threads(threads)
   {
     State mine(G * R, d), part(R, d);
@@ -208,10 +210,14 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
     for (int64_t item = 0; item < K * G; item++) {
       const int64_t first = item % G * R;
       part.clear();
-      for (int64_t r = 0; r < R; r++) before.at[r] = mine.log_sum(first + r);
+#pragma omp critical(known)
+      std::memcpy(before.at, known.at + first, R * sizeof(float));
       one_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
       for (int64_t r = 0; r < R; r++) part_lse[item * R + r] = part.log_sum(r);
       mine.add(part, first);
+#pragma omp critical(known)
+      for (int64_t r = first; r < first + R; r++)
+        known.at[r] = mine.log_sum(r) > known.at[r] ? mine.log_sum(r) : known.at[r];
     }
 #pragma omp critical
     all.add(mine, 0);
