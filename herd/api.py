@@ -104,7 +104,7 @@ def _weights_of(path_or_name: str | Path) -> tuple[int, int] | None:
 class Answer:
     """An answer, and the chunks that carried its attention, the heaviest first.
 
-    missed_mass: at most this share of any token's attention to the context was not read (`herd.context.scan.MISSED`).
+    missed_mass: of no token's attention a larger share than this was not read (`herd.context.scan.MISSED`).
     """
 
     text: str

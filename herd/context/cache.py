@@ -53,7 +53,7 @@ class ContextCache:
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
-        found = scan(q_GRd, self._runs)
+        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd
@@ -79,7 +79,7 @@ class ContextCache:
 
     @property
     def missed_B(self) -> Tensor:
-        """The most of any query's attention to the context whose values were left out, for each sequence."""
+        """The most of any query's attention whose values were left out, for each sequence."""
         return self._missed_B
 
     def chunk_mass(self, row: int, at_least: float) -> dict[tuple[Store, int], float]:

@@ -49,6 +49,10 @@ def _run(store: Store, kv: KV, run: list[int]) -> Run:
     return Run(store, kv.part(first.start, last.start + last.tokens), run)
 
 
-def scan(q_GRd: Tensor, runs: list[Run]) -> Attention:
-    """Attend from q, already scaled by 1/sqrt(d), to every token of the runs."""
-    return attend_parts(q_GRd, [run.kv for run in runs], MISSED)
+def scan(q_GRd: Tensor, runs: list[Run], elsewhere_GR: Tensor | None = None) -> Attention:
+    """Attend from q, already scaled by 1/sqrt(d), to every token of the runs.
+
+    elsewhere_GR: log of the sum of exp(logit) over tokens that are not in the runs. Where these have all of the
+    attention, no value of the runs is read.
+    """
+    return attend_parts(q_GRd, [run.kv for run in runs], MISSED, elsewhere_GR)

@@ -77,10 +77,10 @@ def operations() -> dict[str, str]:
     }
 
 
-def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
+def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
     """See `reference.attend_parts`."""
     use = native if _is_native() and native.takes(q_GRd, parts) else reference
-    return use.attend_parts(q_GRd, parts, missed)
+    return use.attend_parts(q_GRd, parts, missed, elsewhere_GR)
 
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_causal.argtypes = (_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _P, _I64)
     library.herd_pack.argtypes = (_P, _I64, _I64, _I32, _P)
     library.herd_linear.argtypes = (ctypes.POINTER(_Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
-    library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _I64, _P, _P, _P, _P)
+    library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _P, _I64, _P, _P, _P, _P)
     return library, library.herd_level().decode()
 
 
@@ -78,15 +79,17 @@ def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
     return d % 64 == 0 and d <= _WIDEST and all(part.k_GNd.dtype == torch.int8 for part in parts)
 
 
-def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
+def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
     """As `reference.attend_parts`. Queries count as two int8 numbers each: logits differ by less than 2e-5 |q| |k|."""
     (G, R, d), K = q_GRd.shape, len(parts)
     q_GRd = q_GRd.float().contiguous()
+    elsewhere_GR = torch.full((G, R), -math.inf) if elsewhere_GR is None else elsewhere_GR.float().contiguous()
     tokens = (_Tokens * (K * G))(*(head for part in parts for head in _heads(part)))
     out_GRd, lse_GR = torch.empty(G, R, d), torch.empty(G, R)
     lse_KGR, left_out_GR = torch.empty(K, G, R), torch.empty(G, R)
     results = (x.data_ptr() for x in (out_GRd, lse_GR, lse_KGR, left_out_GR))
-    _library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, torch.get_num_threads(), *results)
+    known, threads = elsewhere_GR.data_ptr(), torch.get_num_threads()
+    _library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, known, threads, *results)
     return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
 
 

@@ -113,7 +113,7 @@ class Part(Protocol):
 @dataclass(frozen=True)
 class Attention:
     """Float32 results of `attend_parts`: out, log-denominators of all tokens and of each part, and the share of the
-    softmax whose values were left out."""
+    softmax (that of tokens elsewhere included) whose values were left out."""
 
     out_GRd: Tensor
     lse_GR: Tensor
@@ -121,10 +121,11 @@ class Attention:
     left_out_GR: Tensor
 
 
-def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float) -> Attention:
+def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
     """Softmax attention of q, already scaled, over all tokens of all parts; every query sees every token.
 
-    Values may be left out whose shares of the softmax are together below `missed`; here none are.
+    Values may be left out whose shares of the softmax are together below `missed`; here none are. elsewhere_GR: log of
+    the sum of exp(logit) of tokens that are not in the parts; they count in these shares, and in nothing else.
     """
     G, R, _ = q_GRd.shape
     out_GRd, lse_GR = torch.zeros(q_GRd.shape), torch.full((G, R), -math.inf)

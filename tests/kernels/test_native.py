@@ -98,6 +98,23 @@ def test_values_that_do_not_matter_are_not_read() -> None:
     assert 0 < float(before.left_out_GR) < 1e-3
 
 
+def test_tokens_elsewhere_count_in_what_may_be_left_out() -> None:
+    parts = random_parts([700, 300], scale=2.0)
+    q_GRd = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) / 8
+    exact = reference.attend_parts(q_GRd, parts, 0.0)
+    alone = native.attend_parts(q_GRd, parts, 1e-3)
+    for more in (-5.0, 0.0, 3.0, 30.0):
+        elsewhere_GR = exact.lse_GR + more
+        found = native.attend_parts(q_GRd, parts, 1e-3, elsewhere_GR)
+        torch.testing.assert_close(found.lse_GR, alone.lse_GR)
+        share_GR = 1 / (1 + math.exp(more))
+        off_GR = (found.out_GRd - exact.out_GRd).abs().amax(-1) * share_GR
+        value = max(float(p.v_GNd.abs().max() * p.v_scale_GN.max()) for p in parts)
+        assert float(found.left_out_GR.max()) <= 1e-3
+        assert (off_GR <= value * (found.left_out_GR + 1e-4)).all()
+    assert not found.out_GRd.any(), "nothing here matters, so no value was read"
+
+
 def test_extreme_numbers() -> None:
     parts = random_parts([40], scale=300.0)
     for q_GRd in (torch.zeros(2, 1, 64), torch.full((2, 1, 64), 1e4), -torch.full((2, 1, 64), 1e4)):

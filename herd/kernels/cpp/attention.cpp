@@ -133,9 +133,7 @@ int64_t weights(State& state, float* logits, int64_t count, float log_cut, const
     const float sum = exponentials(row, padded, state.most.at[r]);
     state.sum.at[r] += sum;
     // All that is known so far: this part and those before it.
-    const float now = state.log_sum(r), then = before[r], top = now > then ? now : then;
-    const float both = top + std::log(std::exp(now - top) + std::exp(then - top));
-    cut[r] = std::exp(both + log_cut - state.most.at[r]);
+    cut[r] = std::exp(log_add(state.log_sum(r), before[r]) + log_cut - state.most.at[r]);
     if (exponential(most - state.most.at[r]) < cut[r])
       state.left_out.at[r] += sum;
     else
@@ -192,7 +190,7 @@ void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, c
 }
 
 void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* tokens, int64_t K, float missed,
-            int64_t threads, float* out, float* lse, float* part_lse, float* left_out) {
+            const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse, float* left_out) {
   int64_t total = 0;
   for (int64_t k = 0; k < K; k++) total += tokens[k * G].count;
   const float log_cut = std::log(missed / (float)(total > 0 ? total : 1));
@@ -211,7 +209,7 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
       const int64_t first = item % G * R;
       part.clear();
 #pragma omp critical(known)
-      std::memcpy(before.at, known.at + first, R * sizeof(float));
+      for (int64_t r = 0; r < R; r++) before.at[r] = log_add(known.at[first + r], elsewhere[first + r]);
       one_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
       for (int64_t r = 0; r < R; r++) part_lse[item * R + r] = part.log_sum(r);
       mine.add(part, first);
@@ -224,7 +222,7 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
   }
   for (int64_t r = 0; r < G * R; r++) {
     lse[r] = all.log_sum(r);
-    left_out[r] = all.left_out.at[r] / all.sum.at[r];
+    left_out[r] = all.left_out.at[r] / (all.sum.at[r] + std::exp(elsewhere[r] - all.most.at[r]));
     for (int64_t i = 0; i < d; i++) out[r * d + i] = all.out.at[r * d + i] / all.sum.at[r];
   }
 }

@@ -90,8 +90,9 @@ API void herd_linear(const herd::Weight* w, const void* x, int64_t x_stride, int
 }
 
 API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd::Tokens* tokens, int64_t K,
-                     float missed, int64_t threads, float* out, float* lse, float* part_lse, float* left_out) {
-  herd::chosen()->attend(q, G, R, d, tokens, K, missed, threads, out, lse, part_lse, left_out);
+                     float missed, const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse,
+                     float* left_out) {
+  herd::chosen()->attend(q, G, R, d, tokens, K, missed, elsewhere, threads, out, lse, part_lse, left_out);
 }
 
 // 1 if this instruction set has it.

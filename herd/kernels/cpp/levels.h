@@ -35,9 +35,11 @@ struct Tokens {
 
 // Attention of q [G, R, d], already scaled, over tokens [K, G]; d is a multiple of 64, at most 256. Results are
 // float32: out [G, R, d], log-denominators lse [G, R] and of each part [K, G, R], and the shares of the softmax whose
-// values were left out [G, R], each below `missed`.
+// values were left out [G, R], each below `missed`. In these shares other tokens count too: elsewhere [G, R] is the log
+// of the sum of exp of their logits, which may be -inf.
 using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const Tokens*, int64_t K, float missed,
-                        int64_t threads, float* out, float* lse, float* part_lse, float* left_out);
+                        const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse,
+                        float* left_out);
 
 // Causal attention of B sequences of T tokens in bfloat16: q, out [B, T, H, d], k, v [B, T, G, d], d a multiple of 64.
 // Null where there is no native one.

@@ -25,6 +25,12 @@ inline float exponential(float x) {
   return (p * f * f + f + 1.0f) * power;
 }
 
+// Log of the sum of two numbers whose logs these are.
+inline float log_add(float a, float b) {
+  const float top = a > b ? a : b;
+  return top + std::log(std::exp(a - top) + std::exp(b - top));
+}
+
 // x becomes exp(x - most); returns the sum.
 inline float exponentials(float* x, int64_t count, float most) {  // count is a multiple of 16
   float sums[16] = {};
