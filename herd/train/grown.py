@@ -32,7 +32,7 @@ class Batch:
     chunk_CTD: Tensor  # hidden states of chunks, padded right
     chunk_lengths: list[int]
     chunk_ids_N: Tensor  # token ids of the context
-    other_OD: Tensor  # states of further chunks after the new local layer, as `around` last gave them
+    other_OD: Tensor  # states of further chunks after the new local layer, as `after_local` last gave them
     question_QTD: Tensor
     question_ids_QT: Tensor  # padded with -1
     row_R: Tensor  # question of each answer row
@@ -153,7 +153,7 @@ class Grown:
         q_QTHd = attn.query(normed_QTD, _positions(x_QTD) + start)
         return q_QTHd, attn.key_value(normed_QTD, _positions(x_QTD))[0], keys_NGd, x_ND, x_QTD
 
-    def around(self, chunk_CTD: Tensor) -> Tensor:
+    def after_local(self, chunk_CTD: Tensor) -> Tensor:
         """States of chunks after the new local layer, to be kept as other chunks of later steps."""
         with torch.no_grad():
             return self._local(chunk_CTD)

@@ -94,7 +94,7 @@ def _train(
     def look(step: int) -> dict[str, Tensor]:
         # A run that resumes has just this state: other chunks as they were at the last checkpoint.
         if recipe.looking.around and step % recipe.checkpoint_every == 0:
-            batches.refresh(grown.around)
+            batches.refresh(grown.after_local)
         return grown.look(batches.draw(recipe.looking, step, looking=True))
 
     looking = Loop(recipe.looking, grown.looking, run_dir / "looking", every=recipe.checkpoint_every, keep=hold)
@@ -111,7 +111,7 @@ def _train(
         erase(local, top, sample)
         report("start of copying", 1, 1, {"told_apart": share})
     if recipe.answering.around:
-        batches.refresh(grown.around)
+        batches.refresh(grown.after_local)
     answering = Loop(recipe.answering, grown.answering, run_dir / "answering", every=recipe.checkpoint_every)
     answering.resume()
     answering.train(

@@ -210,7 +210,7 @@ def test_other_chunks_count_as_chunks_of_the_context(model: Transformer) -> None
         blind_RG=torch.zeros(15, 2, dtype=torch.bool),
     )
     near, far = LENGTHS
-    other = grown.around(whole.chunk_CTD)[1, :far]
+    other = grown.after_local(whole.chunk_CTD)[1, :far]
     parted = replace(
         whole, chunk_CTD=whole.chunk_CTD[:1], chunk_lengths=[near], chunk_ids_N=whole.chunk_ids_N[:near], other_OD=other
     )
