@@ -7,6 +7,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -113,20 +114,24 @@ def _texts(recipe: PoolRecipe, rng: Random, tokenizer: Tokenizer) -> Iterator[st
         before = made
         # Text of one folder is much alike: neighbours in the pool are hard to tell apart, as in a real context.
         for folder in folders.values():
-            taken = 0
-            for file in rng.sample(folder, len(folder)):
-                chunks = cut("/".join(file.parts[-2:]), _read(file), tokenizer, room)
-                good = [c for c in chunks if len(c.ids) > recipe.chunk_size // 4]
-                for chunk in rng.sample(good, min(_FROM_FILE, _FROM_FOLDER - taken, len(good))):
-                    yield chunk.text
-                    taken += 1
-                    made += 1
-                    if made == recipe.chunks:
-                        return
-                if taken == _FROM_FOLDER:
-                    break
+            for text in islice(_of_folder(folder, room, rng, recipe, tokenizer), recipe.chunks - made):
+                yield text
+                made += 1
         if made == before:
             raise ConfigError(f"{len(files)} files hold no chunk of {recipe.chunk_size // 4} tokens or more")
+
+
+def _of_folder(files: list[Path], room: int, rng: Random, recipe: PoolRecipe, tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts of at most _FROM_FOLDER chunks of a folder's files."""
+    left = _FROM_FOLDER
+    for file in rng.sample(files, len(files)):
+        chunks = cut("/".join(file.parts[-2:]), _read(file), tokenizer, room)
+        good = [c for c in chunks if len(c.ids) > recipe.chunk_size // 4]
+        chosen = rng.sample(good, min(_FROM_FILE, left, len(good)))
+        yield from (chunk.text for chunk in chosen)
+        left -= len(chosen)
+        if not left:
+            return
 
 
 def _expand(pattern: str) -> list[Path]:
