@@ -50,6 +50,7 @@ class Recipe:
     answering: Phase
     checkpoint_every: int = 50
     seed: int = 0
+    start: str = ""  # delta of another run to go on from; none: closed-form starts
     compile: bool = False  # the layers above the global one, with torch.compile; needs a C++ compiler
 
 

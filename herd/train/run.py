@@ -12,7 +12,7 @@ from torch import Tensor
 
 from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.checkpoint.cria.build import upcycle_base
-from herd.checkpoint.cria.delta import make_delta
+from herd.checkpoint.cria.delta import make_delta, read_recipe, take
 from herd.checkpoint.hf import load
 from herd.data.bank import hidden_states
 from herd.data.pool import Pool, build
@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of 
 _SAMPLE = 240_000  # tokens of chunks that the closed-form starts look at
 _FIRSTS = 4096  # rows of one token that they look at
 _ECHO = 0.5  # weight of the loss `echo`
+_START = "start.safetensors"  # in the run's folder: weights of another run that it goes on from
 
 
 def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -43,6 +44,8 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
     report = progress or (lambda *_: None)
     _keep_memory()
     init = run_dir / "init"
+    if recipe.start and not (run_dir / _START).exists():
+        _copy_start(Path(recipe.start), recipe, run_dir / _START)
     if not init.exists():
         m = recipe.model
         sizes = {"global_layer": m.global_layer, "chunk": m.chunk, "experts": m.experts, "expert_width": m.expert_width}
@@ -65,14 +68,20 @@ def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Pro
 def _train(
     transformer: Transformer, recipe: Recipe, pool: Pool, bank: Bank, run_dir: Path, report: Progress
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Both phases, each from its closed-form start. Returns all weights that differ, and the last step's figures."""
+    """Both phases, from closed-form starts or another run. Returns all weights that differ, and the last figures."""
     (at,) = transformer.config.global_layers
     local, top = transformer.blocks[at - 1], transformer.blocks[at]
     sample = _sample(bank)
-    construct(local, top, sample)
+    start = run_dir / _START if recipe.start else None
+    if start is None:
+        construct(local, top, sample)
+    else:
+        take(transformer, start, low_rank=False)
     directions = written_directions(local)
     torch.manual_seed(recipe.seed)
     grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample.states_ND).mean(0))
+    if start is not None:
+        take(transformer, start, low_rank=True)
     if recipe.compile:
         for block in grown.above:
             block.compile(dynamic=True)
@@ -104,7 +113,7 @@ def _train(
         {"evidence": 1.0, "echo": _ECHO, "idle": recipe.looking.text},
         note("looking", recipe.looking),
     )
-    if not (run_dir / "answering" / "checkpoint.pt").exists():
+    if start is None and not (run_dir / "answering" / "checkpoint.pt").exists():
         report("start of copying", 0, 1, {})
         readout_VD = transformer.lm_head.weight * transformer.model.norm.weight
         share = start_copying(local, top, sample, readout_VD)
@@ -121,6 +130,16 @@ def _train(
     )
     trained = {name: master.bfloat16() for name, master in (looking.masters | answering.masters).items()}
     return trained | _fixed(grown), last
+
+
+def _copy_start(delta: Path, recipe: Recipe, copy: Path) -> None:
+    """Keep the weights a run begins with: a run that resumes needs them, and its result may replace the file."""
+    grown = read_recipe(delta)
+    if wrong := {k: v for k, v in vars(recipe.model).items() if k in grown and grown[k] != v}:
+        raise ConfigError(f"{delta} was grown with {grown}; the recipe's [model] says {wrong}")
+    temporary = copy.with_suffix(".tmp")
+    shutil.copyfile(delta, temporary)
+    temporary.replace(copy)
 
 
 def _sample(bank: Bank) -> Sample:

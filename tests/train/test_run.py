@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from herd import checkpoint
 from herd.checkpoint import cria
 from herd.checkpoint.upcycle import upcycle
-from herd.errors import ConfigError
+from herd.errors import CheckpointError, ConfigError
 from herd.train import curve
 from herd.train import run as run_recipe
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
@@ -112,6 +112,25 @@ def test_a_run_leaves_a_delta_and_survives_an_interruption(recipe: Path, tmp_pat
     cria.apply_delta(whole / "init", whole / "delta.safetensors", tmp_path / "model")
     model = checkpoint.load(tmp_path / "model")
     assert model(torch.tensor([[5, 6, 7]])).isfinite().all()
+
+
+def test_a_run_goes_on_from_the_weights_of_another(recipe: Path, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path / "first")
+    delta = tmp_path / "first" / "delta.safetensors"
+    text = recipe.read_text().replace("checkpoint_every", f'start = "{delta}"\ncheckpoint_every', 1)
+    recipe.write_text(text.replace("steps = 4", "steps = 0").replace("steps = 5", "steps = 0"))
+    stages: list[str] = []
+    run_recipe(recipe, tmp_path / "same", progress=lambda stage, *_: stages.append(stage))
+    assert "start of copying" not in stages
+    same, first = (load_file(tmp_path / name / "delta.safetensors") for name in ("same", "first"))
+    assert same.keys() == first.keys()
+    assert all(torch.equal(same[name], tensor) for name, tensor in first.items())
+    recipe.write_text(text.replace("expert_width = 16", "expert_width = 24"))
+    with pytest.raises(ConfigError, match="expert_width"):
+        run_recipe(recipe, tmp_path / "other")
+    recipe.write_text(text.replace("lora_rank = 2", "lora_rank = 3"))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run_recipe(recipe, tmp_path / "rank")
 
 
 def test_a_folder_belongs_to_one_recipe(recipe: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from herd.checkpoint.files import ShardWriter, WeightFiles, copy_companions, read_json, write_json
 from herd.checkpoint.upcycle import RECIPE_FILE, RECIPE_KEYS
@@ -75,6 +75,22 @@ def apply_delta(init: Path, delta: Path, out: Path) -> None:
         writer.finish()
     copy_companions(init, out)
     write_json(out / "config.json", read_json(init / "config.json"))
+
+
+@torch.no_grad()
+def take(model: nn.Module, delta: Path, *, low_rank: bool) -> None:
+    """Set a model's parameters to those of a delta: whole tensors, or low-rank pairs where it has some.
+
+    CheckpointError if the delta is damaged or does not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    with WeightFiles.of_file(delta) as changes:
+        for name in sorted(name for name in changes.names if (_target(name) != name) == low_rank):
+            parameter = parameters.get(name.replace(".weight.lora_", ".lora_"))
+            if parameter is None or parameter.shape != changes.shape(name):
+                found = None if parameter is None else list(parameter.shape)
+                raise CheckpointError(f"{delta}: {name} of shape {list(changes.shape(name))} does not fit {found}")
+            parameter.copy_(changes.tensor(name))
 
 
 def _metadata(delta: Path) -> tuple[dict[str, Any], float]:
