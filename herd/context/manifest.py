@@ -141,7 +141,7 @@ def _plain(folder: Path, error: Exception) -> str:
         return f"{folder} is in use by another process; wait for it to finish"
     # SQLITE_ERROR: a table or column is not there, or a value is none; all that this version writes are.
     if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
-        return f"{folder}: {error}; what was committed is safe: check its permissions and the space on the disk, then repeat"
+        return f"{folder}: {error}; what was committed is safe: check its permissions and the disk's space, then repeat"
     return damaged(folder, str(error))
 
 

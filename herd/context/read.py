@@ -149,8 +149,8 @@ class _Session:
             name, hashes, done = self._name(found), list[bytes](), 0
             for chunk in cut(name, loaded.text, self.tokenizer, self.writer.spec.chunk):
                 hashes.append(chunk_hash(self.writer.spec.fingerprint, chunk.ids))
-                done += len(chunk.text)  # with headers, so a little too fast
-                self._bytes = before + min(1.0, done / len(loaded.text)) * found.size
+                done += len(chunk.text) - chunk.text.index("\n") - 1  # without its header
+                self._bytes = before + found.size * done / len(loaded.text)
                 self._take(chunk, hashes[-1])
             self._waiting.append(NewSource(name, found.path, _stat(loaded.stat), hashes))
         self._bytes = before + found.size
