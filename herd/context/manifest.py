@@ -139,13 +139,14 @@ def _plain(folder: Path, error: Exception) -> str:
         return f"{folder}: {error}; what was committed is safe: free some space and repeat"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"{folder} is in use by another process; wait for it to finish"
-    # SQLITE_ERROR: a table or column is not there, or a value is none; all that this version writes are.
+    # SQLITE_ERROR: the tables are not those that this version makes.
     if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
         return f"{folder}: {error}; what was committed is safe: check its permissions and the disk's space, then repeat"
     return damaged(folder, str(error))
 
 
 def damaged(folder: Path, what: str) -> str:
+    """One printable line that says what is wrong with the manifest, and the fix."""
     what = display(" ".join(what.split()))
     return f"{folder}/{FILE} is damaged ({what}); delete the folder and read the sources again, or import an export"
 

@@ -218,7 +218,7 @@ def test_unexpected_failure_is_one_line_and_code_1(
 
 
 def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
-    for i in range(24):
+    for i in range(48):
         (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
     context = notes.parent / "ctx"
     command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
