@@ -66,7 +66,11 @@ def command(
             print_report(report)
     out = _Clocked(quiet=as_json)
     with interruptible("the context is kept; ask again any time"):
-        answer = opened.ask(question, also=also, max_tokens=max_tokens, on_text=out)
+        try:
+            answer = opened.ask(question, also=also, max_tokens=max_tokens, on_text=out)
+        finally:
+            if out.first is not None:
+                out.end()
     done = time.perf_counter() - STARTED
     timing = {
         "read_s": report.seconds if report else 0.0,
@@ -77,7 +81,6 @@ def command(
     if as_json:
         print_json(_result(answer, context_json(opened, report), [context_json(c, None) for c in also], timing))
         return
-    out.end()
     print_citations(answer, with_context=bool(also))
     note(f"first token after {timing['first_token_s']:.1f} s, answer after {done:.1f} s")
 

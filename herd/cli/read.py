@@ -25,7 +25,10 @@ def command(
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
-    """Read files and folders into a durable context. What did not change is not read again."""
+    """Read files and folders into a durable context. What did not change is not read again.
+
+    A file of more than 64 MiB is not read but listed as skipped; split it.
+    """
     opened = herd.Context.open(context, herd.load(model))
     with interruptible(KEPT), reading() as progress:
         report = opened.read(paths, progress=progress)

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +50,8 @@ def export(folder: str | Path, archive: str | Path) -> int:
             os.fsync(file.fileno())
         partial.rename(archive)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it may not be there, on a disk that cannot be written
+            partial.unlink()
     return archive.stat().st_size
 
 
@@ -58,7 +60,8 @@ def import_(archive: str | Path, folder: str | Path) -> Store:
     archive, folder = Path(archive), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ContextError(f"{folder} exists and is not empty; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with manifest.plain_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
     try:
         with manifest.plain_errors(archive), archive.open("rb") as file, _unpacking(file, archive) as tar:

@@ -51,11 +51,7 @@ def verify(folder: str | Path) -> Verified:
     folder = Path(folder)
     spec = stored_spec(folder)
     with manifest.connect(folder) as db, manifest.snapshot(db):
-        problems = [
-            f"{folder}/{manifest.FILE} is damaged: {row[0]}; delete the folder and read the sources again"
-            for row in db.execute("PRAGMA integrity_check")
-            if row[0] != "ok"
-        ]
+        problems = [manifest.damaged(folder, row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
         chunks, rows, sources = manifest.chunks(db, live=False), manifest.segments(db), manifest.sources(db)
         for row in rows:
             _, bad = _sound(folder, row, [chunk for chunk in chunks if chunk.segment == row.id], spec)

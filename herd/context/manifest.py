@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from herd.context.sources import display
 from herd.errors import ContextError
 
 FILE = "manifest.sqlite"
@@ -33,6 +34,9 @@ CREATE TABLE source_chunk (
 CREATE INDEX source_chunk_chunk ON source_chunk(chunk);
 CREATE TABLE skipped (
   path BLOB PRIMARY KEY, name TEXT NOT NULL, reason TEXT NOT NULL, stat TEXT NOT NULL) STRICT, WITHOUT ROWID;
+-- Nothing looks these up. SQLite compares tables with their indexes, and so sees a flipped bit that nothing else would.
+CREATE INDEX chunk_lines ON chunk(first_line, last_line);
+CREATE INDEX skipped_whole ON skipped(name, reason, stat);
 """
 
 
@@ -125,19 +129,26 @@ def plain_errors(folder: Path) -> Iterator[None]:
 def sqlite_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
-        reason = str(error)
-        if "full" in reason:
-            raise ContextError(f"{folder}: {reason}; what was committed is safe: free some space and repeat") from error
-        if "locked" in reason:
-            raise ContextError(f"{folder} is in use by another process; wait for it to finish") from error
-        raise ContextError(
-            f"{folder}: {reason}; what was committed is safe: check the disk and its permissions, then repeat"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise ContextError(
-            f"{folder}/{FILE} is damaged ({error}); delete the folder and read the sources again, or import an export"
-        ) from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes damaged names in its messages
+        raise ContextError(_plain(folder, error)) from error
+
+
+def _plain(folder: Path, error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return f"{folder}: {error}; what was committed is safe: free some space and repeat"
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"{folder} is in use by another process; wait for it to finish"
+    # SQLITE_ERROR: the tables are not those that this version makes.
+    if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+        return f"{folder}: {error}; what was committed is safe: check its permissions and the disk's space, then repeat"
+    return damaged(folder, str(error))
+
+
+def damaged(folder: Path, what: str) -> str:
+    """One printable line that says what is wrong with the manifest, and the fix."""
+    what = display(" ".join(what.split()))
+    return f"{folder}/{FILE} is damaged ({what}); delete the folder and read the sources again, or import an export"
 
 
 @contextmanager
@@ -178,8 +189,22 @@ def read_meta(db: sqlite3.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT key, value FROM meta"))
 
 
+AnyRow = TypeVar("AnyRow")
+
+
+def _rows(kind: type[AnyRow], cursor: Iterable[tuple[Any, ...]]) -> list[AnyRow]:
+    """Rows of a query, whose values must be of the types that `kind` declares: a flipped bit may change them."""
+    types = tuple(kind.__annotations__.values())
+    rows = []
+    for row in cursor:
+        if not all(map(isinstance, row, types)):
+            raise sqlite3.DatabaseError(f"a value of a {kind.__name__} is of another type")
+        rows.append(kind(*row))
+    return rows
+
+
 def segments(db: sqlite3.Connection) -> list[SegmentRow]:
-    return [SegmentRow(*row) for row in db.execute("SELECT id, file, tokens, bytes FROM segment ORDER BY id")]
+    return _rows(SegmentRow, db.execute("SELECT id, file, tokens, bytes FROM segment ORDER BY id"))
 
 
 _CHUNK = "chunk.id, hash, segment, start, tokens, first_line, last_line, crc, ids"
@@ -188,11 +213,11 @@ _CHUNK = "chunk.id, hash, segment, start, tokens, first_line, last_line, crc, id
 def chunks(db: sqlite3.Connection, *, live: bool) -> list[ChunkRow]:
     """All chunks, or those that belong to a source, in the order in which they lie on disk."""
     where = "WHERE id IN (SELECT chunk FROM source_chunk)" if live else ""
-    return [ChunkRow(*row) for row in db.execute(f"SELECT {_CHUNK} FROM chunk {where} ORDER BY segment, start")]
+    return _rows(ChunkRow, db.execute(f"SELECT {_CHUNK} FROM chunk {where} ORDER BY segment, start"))
 
 
 def sources(db: sqlite3.Connection) -> list[SourceRow]:
-    return [SourceRow(*row) for row in db.execute("SELECT id, name, path, stat FROM source ORDER BY name")]
+    return _rows(SourceRow, db.execute("SELECT id, name, path, stat FROM source ORDER BY name"))
 
 
 def source_chunks(db: sqlite3.Connection) -> list[tuple[int, int]]:
@@ -201,7 +226,23 @@ def source_chunks(db: sqlite3.Connection) -> list[tuple[int, int]]:
 
 
 def skipped(db: sqlite3.Connection) -> list[SkippedRow]:
-    return [SkippedRow(*row) for row in db.execute("SELECT path, name, reason, stat FROM skipped ORDER BY name")]
+    return _rows(SkippedRow, db.execute("SELECT path, name, reason, stat FROM skipped ORDER BY name"))
+
+
+def check_references(
+    segments: Iterable[SegmentRow],
+    chunks: Iterable[ChunkRow],
+    sources: Iterable[SourceRow],
+    pairs: Iterable[tuple[int, int]],
+) -> None:
+    """What one row says of another must be there; sqlite3.DatabaseError if not."""
+    missing = [
+        *({chunk.segment for chunk in chunks} - {row.id for row in segments}),
+        *({source for source, _ in pairs} - {row.id for row in sources}),
+        *({chunk for _, chunk in pairs} - {row.id for row in chunks}),
+    ]
+    if missing:
+        raise sqlite3.DatabaseError(f"{len(missing)} rows name rows that are not there")
 
 
 def known_hashes(db: sqlite3.Connection) -> dict[bytes, int]:

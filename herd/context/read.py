@@ -107,7 +107,7 @@ class _Session:
         self._queued_tokens = 0
         self._waiting: list[NewSource] = []
         self._sources = self._sources_total = 0
-        self._bytes = self._bytes_total = 0
+        self._bytes, self._bytes_total = 0.0, 0
         self._seen_tokens = 0
         self._compute_s = 0.0
         rows = manifest.sources(writer.db)
@@ -142,23 +142,26 @@ class _Session:
     def _read_source(self, found: Found) -> None:
         loaded = sources.load(found)
         self._sources += 1
-        self._bytes += found.size
+        before = self._bytes
         if isinstance(loaded, Skipped):
             self.skipped.append(loaded)
-            return
-        name = self._name(found)
-        chunks = cut(name, loaded.text, self.tokenizer, self.writer.spec.chunk)
-        hashes = [chunk_hash(self.writer.spec.fingerprint, chunk.ids) for chunk in chunks]
-        for chunk, digest in zip(chunks, hashes, strict=True):
-            self._seen_tokens += len(chunk.ids)
-            if digest in self.writer.known or digest in self._queue:
-                self.reused_tokens += len(chunk.ids)
-            else:
-                self._enqueue(chunk, digest)
-        self._waiting.append(NewSource(name, found.path, _stat(loaded.stat), hashes))
+        else:
+            name, hashes, done = self._name(found), list[bytes](), 0
+            for chunk in cut(name, loaded.text, self.tokenizer, self.writer.spec.chunk):
+                hashes.append(chunk_hash(self.writer.spec.fingerprint, chunk.ids))
+                done += len(chunk.text) - chunk.text.index("\n") - 1  # without its header
+                self._bytes = before + found.size * done / len(loaded.text)
+                self._take(chunk, hashes[-1])
+            self._waiting.append(NewSource(name, found.path, _stat(loaded.stat), hashes))
+        self._bytes = before + found.size
         self._report()
 
-    def _enqueue(self, chunk: Chunk, digest: bytes) -> None:
+    def _take(self, chunk: Chunk, digest: bytes) -> None:
+        """Count a chunk, and queue it if it is new."""
+        self._seen_tokens += len(chunk.ids)
+        if digest in self.writer.known or digest in self._queue:
+            self.reused_tokens += len(chunk.ids)
+            return
         self._queue[digest] = NewChunk(digest, chunk.ids, chunk.first_line, chunk.last_line)
         self._queued_tokens += len(chunk.ids)
         if self._queued_tokens >= SEGMENT_TOKENS - self.writer.spec.chunk:

@@ -155,7 +155,7 @@ def _entry(path: bytes, root: bytes, info: os.stat_result) -> Found | Skipped:
     if kind != mode.S_IFREG:
         return Skipped(path, _name(path, root), kinds.get(kind, "not a regular file"))
     if info.st_size > MAX_BYTES:
-        reason = f"too large: {info.st_size:,} bytes, the limit is {MAX_BYTES:,}"
+        reason = f"too large: {info.st_size:,} bytes, the limit is {MAX_BYTES:,}; split it"
         return Skipped(path, _name(path, root), reason)
     return Found(path, root, info.st_size, identity(info))
 
@@ -179,7 +179,7 @@ def _read_stable(path: bytes) -> tuple[bytes, str]:
             data += b"" if is_binary(data) else file.read(MAX_BYTES + 1 - len(data))
             after = os.fstat(fd)
         if len(data) > MAX_BYTES:
-            raise NotText(f"too large: more than {MAX_BYTES:,} bytes")
+            raise NotText(f"too large: more than {MAX_BYTES:,} bytes; split it")
         if identity(before) == identity(after) and (len(data) == after.st_size or is_binary(data)):
             racy = max(after.st_mtime_ns, after.st_ctime_ns) > started - _RACY_NS
             return data, "" if racy else identity(after)
@@ -189,7 +189,7 @@ def _read_stable(path: bytes) -> tuple[bytes, str]:
 def _stdin() -> tuple[bytes, str]:
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise NotText(f"too large: more than {MAX_BYTES:,} bytes")
+        raise NotText(f"too large: more than {MAX_BYTES:,} bytes; split it")
     return data, ""
 
 

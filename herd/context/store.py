@@ -143,7 +143,11 @@ class Store:
 
     def ids(self, chunk: int) -> list[int]:
         row = self.chunks[chunk]
-        return unpack_ids(row.ids, row.tokens)
+        try:
+            return unpack_ids(row.ids, row.tokens)
+        except ContextError as error:
+            fix = f"run `herd context compact {self.folder}` to drop it, then read the sources again"
+            raise ContextError(f"{self.folder}: {error}; {fix}") from error
 
     def kv(self, chunk: int) -> KV:
         """K/V of a live chunk, as it is kept."""
@@ -159,6 +163,7 @@ class Store:
                 chunks = manifest.chunks(db, live=True)
                 sources, pairs = manifest.sources(db), manifest.source_chunks(db)
                 skipped = manifest.skipped(db)
+                manifest.check_references(rows, chunks, sources, pairs)
             try:
                 mapped = self._map(rows, chunks)
                 break
@@ -316,7 +321,10 @@ def stored_spec(folder: Path) -> Spec:
         raise ContextError(
             f"{folder} has format {meta.get('format')}, this version reads {manifest.FORMAT}; read the sources again"
         )
-    return Spec.from_meta(meta)
+    try:
+        return Spec.from_meta(meta)
+    except ContextError as error:
+        raise ContextError(manifest.damaged(folder, str(error))) from error
 
 
 def _has_meta(folder: Path) -> bool:

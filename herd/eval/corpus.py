@@ -60,7 +60,7 @@ def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -
     chosen: list[File] = []
     have = 0
     for file in files:
-        chunks = cut(file.name, file.text, tokenizer, chunk)
+        chunks = list(cut(file.name, file.text, tokenizer, chunk))
         kept: list[Chunk] = []
         for piece in chunks:
             if have >= tokens:

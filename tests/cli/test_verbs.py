@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import herd
 from herd.cli.main import app, run
 from herd.config import MAVERICK, SCOUT
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
@@ -217,7 +218,7 @@ def test_unexpected_failure_is_one_line_and_code_1(
 
 
 def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
-    for i in range(24):
+    for i in range(48):
         (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
     context = notes.parent / "ctx"
     command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
@@ -233,6 +234,21 @@ def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)["context"]
     assert 0 < result["read_tokens"] < result["tokens"]
+
+
+def test_an_interrupted_answer_ends_its_line(
+    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*args: object, on_text: Callable[[str], None], **options: object) -> None:
+        on_text("The co")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(herd.Context, "ask", ask)
+    args = ("ask", "q", notes, "--context", notes.parent / "ctx", "--model", tiny_model)
+    assert run([str(a) for a in args]) == 130
+    out, err = capsys.readouterr()
+    assert out == "The co\n"
+    assert err.endswith("\ninterrupted: the context is kept; ask again any time\n")
 
 
 def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from herd.checkpoint.cria.base import home
-from herd.context.chunks import Chunk, Encoder, cut
+from herd.context import chunks as chunking
+from herd.context.chunks import Chunk, Encoder
 from herd.prompt import Tokenizer
 
 fast = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -41,6 +42,10 @@ class Cubic(Bytes):
 
     def encode(self, text: str) -> list[int]:
         return [0] * (len(text) ** 3 // 1000 + 1)
+
+
+def cut(name: str, text: str, tokenizer: Encoder, size: int) -> list[Chunk]:
+    return list(chunking.cut(name, text, tokenizer, size))
 
 
 def editor_lines(text: str) -> list[str]:
@@ -154,6 +159,37 @@ def test_chunks_are_filled() -> None:
     text = "".join("word " * rng.randint(0, 12) + "\n" for _ in range(400))
     chunks = cut("a.txt", text, Bytes(), 512)
     assert len(chunks) <= len(text) // (512 - 60 - 16 - 20) + 1
+
+
+@fast
+@given(name=names, text=texts, size=st.sampled_from([16, 33, 200]), block=st.integers(1, 60))
+def test_where_a_text_is_cut_does_not_depend_on_the_blocks_it_is_tokenised_in(
+    name: str, text: str, size: int, block: int
+) -> None:
+    at_once = cut(name, text, Bytes(), size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "_BLOCK", block)
+        patch.setattr(chunking, "_MAX_LINE", 100)
+        assert cut(name, text, Bytes(), size) == at_once
+
+
+@pytest.mark.parametrize("text", ["a\n" * 300_000, "ab " * 300_000, "a fair line of text\n" * 30_000])
+def test_a_long_text_is_never_tokenised_as_a_whole(text: str) -> None:
+    class Recording(Bytes):
+        largest = total = 0
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            size = sum(map(len, texts))
+            self.largest, self.total = max(self.largest, size), self.total + size
+            return super().encode_batch(texts)
+
+    tokenizer = Recording()
+    first = next(chunking.cut("x", text, tokenizer, 512))
+    assert first.first_line == 1 and tokenizer.total == tokenizer.largest < 300_000, (
+        "a chunk needs no more than a block"
+    )
+    assert sum(len(c.ids) for c in chunking.cut("x", text, tokenizer, 512)) > len(text)
+    assert tokenizer.largest < 300_000
 
 
 def test_a_chunk_too_small_for_text_is_refused() -> None:

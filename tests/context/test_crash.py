@@ -4,9 +4,11 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import pytest
 
 import herd.context
-from herd.context import maintain, manifest, segment
-from herd.context.store import Store
+from herd.context import maintain, manifest, read, segment
+from herd.context.store import NewSource, Store
 from herd.errors import ContextError
-from tests.context.tiny_context import contents, exit_status, forked, put, spec
+from tests.context.tiny_context import MadeModel, contents, exit_status, forked, new_chunk, put, read_paths, spec
 
 _CODE = str(Path(herd.context.__file__).parent)
 
@@ -96,6 +98,33 @@ def test_kill_9_while_a_source_is_replaced(tmp_path: Path, seed: int) -> None:
     if set(contents(opened)["a"]) != set(before["a"]):
         assert set(contents(opened)["a"]) == {b"two", b"three", b"four"}
     check_sound(folder, contents(opened), contents(opened))
+
+
+def test_kill_9_at_20_moments_of_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read goes on where the one before was killed, and the last ends where a read in peace does."""
+    monkeypatch.setattr(read, "SEGMENT_TOKENS", 100)
+    source = tmp_path / "src"
+    source.mkdir()
+    for name in "abcdef":
+        (source / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(12)))
+
+    def work(folder: Path) -> None:
+        read_paths(Store.open(folder, spec()), source, model=MadeModel())
+
+    total = lines_of(lambda: work(tmp_path / "peace"))
+    folder, rng, kept, killed = tmp_path / "ctx", random.Random(0), set[bytes](), 0
+    Store.open(folder, spec())
+    for _ in range(20):
+        killed += kill_at(rng.randrange(1, total), lambda: work(folder)) == -signal.SIGKILL
+        assert maintain.verify(folder).problems == []
+        contents(Store.open(folder))
+        with manifest.connect(folder) as db:
+            known = set(manifest.known_hashes(db))
+        assert kept <= known, "what was committed stays"
+        kept = known
+    assert killed > 10
+    work(folder)
+    assert contents(Store.open(folder)) == contents(Store.open(tmp_path / "peace"))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -215,7 +244,7 @@ def test_every_flipped_bit_of_a_segment_is_found(tmp_path: Path) -> None:
     opened = Store.open(tmp_path / "ctx")
     values = [a for mapped in opened.segments for a in mapped.kv.arrays()]
     padding = 0
-    for position in random.Random(0).sample(range(len(sound)), 60):
+    for position in random.Random(0).sample(range(len(sound)), 200):
         flipped = bytearray(sound)
         flipped[position] ^= 1 << (position % 8)
         path.write_bytes(flipped)
@@ -223,7 +252,7 @@ def test_every_flipped_bit_of_a_segment_is_found(tmp_path: Path) -> None:
             padding += 1
             again = [a for mapped in Store.open(tmp_path / "ctx").segments for a in mapped.kv.arrays()]
             assert all((a == b).all() for a, b in zip(values, again, strict=True)), "only padding may be anything"
-    assert padding < 30
+    assert padding < 100
     path.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
     with pytest.raises(ContextError, match="its header does not match"):
         Store.open(tmp_path / "ctx")
@@ -234,22 +263,82 @@ def test_every_flipped_bit_of_a_segment_is_found(tmp_path: Path) -> None:
     mended(tmp_path / "ctx")
 
 
-def test_a_flipped_bit_of_the_manifest_is_an_error_or_harmless(tmp_path: Path) -> None:
-    damaged_context(tmp_path / "ctx")
-    path = tmp_path / "ctx" / manifest.FILE
-    sound = path.read_bytes()
-    for position in random.Random(1).sample(range(len(sound)), 60):
+def flipped_copies(folder: Path, file: str) -> Iterator[Path]:
+    """Copies of a context, one after the other, each with one bit of a file flipped."""
+    copy, sound = folder.with_name("copy"), (folder / file).read_bytes()
+    for position in random.Random(1).sample(range(len(sound)), 200):
+        # The -shm file is an index of the log for processes that are alive.
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*-shm"))
         flipped = bytearray(sound)
         flipped[position] ^= 1 << (position % 8)
-        path.write_bytes(flipped)
+        (copy / file).write_bytes(flipped)
+        yield copy
+        shutil.rmtree(copy)
+
+
+def state(folder: Path) -> tuple[object, ...]:
+    """All that a context says: chunks and their lines, sources, what was skipped."""
+    opened = Store.open(folder)
+    lines = [(chunk.first_line, chunk.last_line) for chunk in opened.chunks]
+    return contents(opened), lines, opened.sources, opened.skipped
+
+
+def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(tmp_path: Path) -> None:
+    folder = tmp_path / "ctx"
+    damaged_context(folder)
+    with Store.open(folder).writer() as writer:
+        writer.commit(skipped=[manifest.SkippedRow(b"/p", "p", "binary file")])
+    before, silent = state(folder), 0
+    for copy in flipped_copies(folder, manifest.FILE):
         try:
-            maintain.verify(tmp_path / "ctx")
-            Store.open(tmp_path / "ctx", spec())
+            if not maintain.verify(copy).problems:
+                silent += 1
+                assert state(copy) == before
+            Store.open(copy, spec())
         except ContextError as error:
-            assert "\n" not in str(error)
-    path.write_bytes(sound[:100])
+            assert "\n" not in str(error) and str(copy) in str(error)
+    assert silent < 190, "some of them hit something"
+    os.truncate(folder / manifest.FILE, 100)
     with pytest.raises(ContextError, match="damaged"):
-        Store.open(tmp_path / "ctx", spec())
+        Store.open(folder, spec())
+
+
+def test_a_flipped_bit_of_a_line_number_or_a_reason_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "ctx"
+    opened, (chunk, kv) = Store.open(folder, spec()), new_chunk(b"text")
+    chunk = replace(chunk, first_line=0x616263, last_line=0x646566)
+    with opened.writer() as writer:
+        skipped = [manifest.SkippedRow(b"/p", "p", "binary file")]
+        writer.commit([(chunk, kv)], [NewSource("a", b"/a", "", [chunk.hash])], skipped=skipped)
+    path = folder / manifest.FILE
+    sound = path.read_bytes()
+    for value in (b"abc", b"def", b"binary file"):
+        at = sound.index(value)
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        (problem, *_) = maintain.verify(folder).problems
+        assert "manifest.sqlite is damaged" in problem and "\n" not in problem
+
+
+def test_a_flipped_bit_of_the_log_gives_an_earlier_state(tmp_path: Path) -> None:
+    """Commits that were not yet moved into the manifest stand in SQLite's log, and are believed up to the damage."""
+    folder = tmp_path / "ctx"
+    Store.open(folder, spec())
+
+    def work() -> None:
+        with Store.open(folder, spec()).writer() as writer:
+            for i in range(6):
+                new, kv = new_chunk(b"%d" % i)
+                writer.commit([(new, kv)], [NewSource(f"s{i}", None, "", [new.hash])])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_status(forked(work)) == -signal.SIGKILL
+    states = [{f"s{i}": [b"%d" % i] for i in range(n)} for n in range(7)]
+    seen = set()
+    for copy in flipped_copies(folder, f"{manifest.FILE}-wal"):
+        assert maintain.verify(copy).problems == []
+        seen.add(states.index(contents(Store.open(copy))))
+    assert len(seen) > 3
+    assert contents(Store.open(folder)) == states[6], "undamaged, it holds everything"
 
 
 def test_another_context_s_segment_is_not_accepted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from herd.context import maintain, read, sources
 from herd.context.read import Progress
 from herd.context.store import NewChunk, Store
-from tests.context.tiny_context import Bytes, CountingModel, read_paths, spec, tiny_model
+from tests.context.tiny_context import Bytes, CountingModel, MadeModel, read_paths, spec, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,12 @@ def test_touching_a_file_computes_nothing(folder: Path, opened: Store) -> None:
     assert read_paths(opened, folder, model=model).read_tokens == model.rows == 0
 
 
-def test_a_change_that_keeps_size_and_mtime_is_seen(folder: Path, opened: Store) -> None:
+@pytest.mark.parametrize("back_s", [0, 3600, -3600])
+def test_a_change_that_keeps_the_size_is_seen_at_any_mtime(folder: Path, opened: Store, back_s: int) -> None:
     read_paths(opened, folder)
     info = (folder / "a.txt").stat()
     (folder / "a.txt").write_text((folder / "a.txt").read_text().replace("line 3", "LINE 3"))
-    os.utime(folder / "a.txt", ns=(info.st_atime_ns, info.st_mtime_ns))
+    os.utime(folder / "a.txt", ns=(info.st_atime_ns, info.st_mtime_ns - back_s * 10**9))
     assert read_paths(opened, folder).read_tokens > 0
 
 
@@ -179,6 +180,40 @@ def test_an_interrupted_read_keeps_what_was_computed(
     assert {clean.chunks[i].hash for i in range(len(clean.chunks))} == {chunk.hash for chunk in opened.chunks}
 
 
+def test_an_interrupted_read_of_one_long_file_goes_on_inside_it(
+    tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(CountingModel):
+        def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.rows >= 40:
+                raise KeyboardInterrupt
+            return super().read(ids_BT)
+
+    monkeypatch.setattr(read, "SEGMENT_TOKENS", 200)
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(400)))
+    interrupted, model = Interrupted(), CountingModel()
+    with pytest.raises(KeyboardInterrupt):
+        read_paths(opened, path, model=interrupted)
+    opened.refresh()
+    assert names(opened) == [] and maintain.verify(opened.folder).problems == []
+    report = read_paths(opened, path, model=model)
+    assert report.read_tokens + report.reused_tokens == opened.tokens
+    assert interrupted.rows + model.rows == len(opened.chunks)
+
+
+def test_very_many_tiny_files_are_a_source_each(tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 2000
+    for i in range(count):
+        (tmp_path / str(i % 20)).mkdir(exist_ok=True)
+        (tmp_path / str(i % 20) / f"{i}.txt").write_text(f"item {i}\n")
+    report = read_paths(opened, tmp_path, model=MadeModel())
+    assert report.sources == len(opened.sources) == len(opened.chunks) == count
+    assert len(opened.segments) == 1, "they are committed together"
+    monkeypatch.setattr(sources, "load", None)
+    assert read_paths(opened, tmp_path, model=MadeModel()).reused_tokens == report.tokens
+
+
 def test_long_reads_are_committed_on_the_way(folder: Path, opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "SEGMENT_TOKENS", 100)
     read_paths(opened, folder)
@@ -192,6 +227,19 @@ def test_progress_is_told_and_ends_at_the_end(folder: Path, opened: Store) -> No
     last = told[-1]
     assert (last.sources, last.sources_total, last.read_tokens) == (3, 3, report.read_tokens)
     assert last.tokens_per_s > 0 and last.eta_s == 0
+
+
+def test_progress_inside_one_long_file_tells_what_is_left(
+    tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "SEGMENT_TOKENS", 200)
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"line {i:03}\n" for i in range(1000)))
+    told: list[Progress] = []
+    report = read.read([path], opened, tiny_model(), Bytes(), told.append)
+    for at in told:
+        assert at.eta_s is not None
+        assert at.read_tokens + at.eta_s * at.tokens_per_s == pytest.approx(report.tokens, rel=0.2)
 
 
 def test_batches_are_full_but_not_over(opened: Store) -> None:

@@ -95,6 +95,10 @@ def test_what_is_no_regular_file_is_skipped_with_its_kind(tmp_path: Path) -> Non
             "r/dangling": "symbolic link; name its target to read it",
         }
     assert reasons(find(["/dev/null"])) == {"null": "device"}
+    (root / "itself").symlink_to("itself")
+    assert reasons(find([root]))["r/itself"] == "symbolic link; name its target to read it"
+    with pytest.raises(SourceError, match="too many levels of symbolic links"):
+        find([root / "itself"])
 
 
 def test_a_link_that_the_user_named_is_followed(tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_unreadable_files_and_folders_are_listed(tmp_path: Path, monkeypatch: py
 def test_too_large_files_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_BYTES", 100)
     (tmp_path / "big.txt").write_text("x" * 101)
-    assert reasons(find([tmp_path / "big.txt"])) == {"big.txt": "too large: 101 bytes, the limit is 100"}
+    assert reasons(find([tmp_path / "big.txt"])) == {"big.txt": "too large: 101 bytes, the limit is 100; split it"}
     (tmp_path / "grows.txt").write_text("x")
     (found,) = find([tmp_path / "grows.txt"])
     (tmp_path / "grows.txt").write_text("x" * 200)
@@ -167,6 +171,44 @@ def test_a_file_that_keeps_changing_is_skipped(tmp_path: Path) -> None:
             assert set(loaded.text) <= {"x", "y"}
             assert loaded.stat == "", "it was just written, so its stat proves nothing"
     assert isinstance(load(found), Source)
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_file_that_grows_while_it_is_read_is_read_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("line\n")
+    (found,) = find([path])
+    is_binary, grown = sources.is_binary, 0
+
+    def grow(data: bytes) -> bool:
+        nonlocal grown
+        if grown < times:
+            grown += 1
+            with path.open("a") as file:
+                file.write("line\n")
+        return is_binary(data)
+
+    monkeypatch.setattr(sources, "is_binary", grow)
+    loaded = load(found)
+    if times == 1:
+        assert isinstance(loaded, Source) and loaded.text == "line\n" * 2
+    else:
+        assert loaded == Skipped(found.path, "log.txt", "changed while it was read, three times")
+
+
+def test_times_in_the_future_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that was set back lets a file change and keep its time."""
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    os.utime(path, (4e9, 4e9))
+    (found,) = find([path])
+    assert isinstance(loaded := load(found), Source) and loaded.stat == ""
+    os.utime(path, (1e9, 1e9))
+    back = time.time_ns() - 86_400_000_000_000
+    monkeypatch.setattr(sources, "time", type("Time", (), {"time_ns": staticmethod(lambda: back)}))
+    assert isinstance(loaded := load(*find([path])), Source) and loaded.stat == "", "its ctime is a day ahead"
 
 
 def test_a_stat_is_only_remembered_when_it_can_prove_something(tmp_path: Path) -> None:

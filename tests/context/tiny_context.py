@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +66,17 @@ class CountingModel:
     def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.rows += len(ids_BT)
         return self.model.read(ids_BT)
+
+
+class MadeModel:
+    """Reads without torch's threads, which a fork would not have; its K/V are those of `made_kv`."""
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        return iter([torch.zeros(1)])
+
+    def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = ids_BT.float()[..., None, None] + torch.arange(16.0).view(2, 8)
+        return x, -x
 
 
 def spec(fingerprint: str = "tiny", dtype: str = "int8"):
