@@ -71,20 +71,9 @@ def _train(
     """Both phases, from closed-form starts or another run. Returns all weights that differ, and the last figures."""
     (at,) = transformer.config.global_layers
     local, top = transformer.blocks[at - 1], transformer.blocks[at]
-    sample = _sample(bank)
-    start = run_dir / _START if recipe.start else None
-    if start is None:
-        construct(local, top, sample)
-    else:
-        take(transformer, start, low_rank=False)
+    sample, start = _sample(bank), run_dir / _START if recipe.start else None
+    grown = _grown(transformer, recipe, sample, start)
     directions = written_directions(local)
-    torch.manual_seed(recipe.seed)
-    grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample.states_ND).mean(0))
-    if start is not None:
-        take(transformer, start, low_rank=True)
-    if recipe.compile:
-        for block in grown.above:
-            block.compile(dynamic=True)
     batches, last = Batches(recipe, pool, bank, transformer.config.num_key_value_heads), dict[str, float]()
 
     def hold(masters: dict[str, Tensor]) -> None:
@@ -130,6 +119,23 @@ def _train(
     )
     trained = {name: master.bfloat16() for name, master in (looking.masters | answering.masters).items()}
     return trained | _fixed(grown), last
+
+
+def _grown(transformer: Transformer, recipe: Recipe, sample: Sample, start: Path | None) -> Grown:
+    """What is trained, with the weights it begins with: looking's closed-form start, or all of another run's delta."""
+    (at,) = transformer.config.global_layers
+    if start is None:
+        construct(transformer.blocks[at - 1], transformer.blocks[at], sample)
+    else:
+        take(transformer, start, low_rank=False)
+    torch.manual_seed(recipe.seed)
+    grown = Grown(transformer, recipe.model.lora_rank, recipe.model.lora_scale, normed(sample.states_ND).mean(0))
+    if start is not None:
+        take(transformer, start, low_rank=True)
+    if recipe.compile:
+        for block in grown.above:
+            block.compile(dynamic=True)
+    return grown
 
 
 def _copy_start(delta: Path, recipe: Recipe, copy: Path) -> None:
