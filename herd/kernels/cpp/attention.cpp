@@ -26,8 +26,8 @@ float from_half(uint16_t h) {  // finite numbers; without branches, so that the 
 
 struct Queries {
   int64_t R, d;
-  Buffer<int8_t> high, low;     // [R, d]
-  Buffer<float> scale;          // [R], of high
+  Buffer<int8_t> high, low;           // [R, d]
+  Buffer<float> scale;                // [R], of high
   Buffer<int32_t> high_sum, low_sum;  // [R], of a row
   Queries(int64_t R, int64_t d) : R(R), d(d), high(R * d), low(R * d), scale(R), high_sum(R), low_sum(R) {}
 };
@@ -77,9 +77,9 @@ void some_logits(const Queries& q, int64_t r, const uint8_t* columns, Float16 sc
   }
   for (int j = 0; j < ROWS; j++) {
     const float q_scale = q.scale.at[r + j];
-    const Int16 coarse = subtract(high[j], ADDED * q.high_sum.at[r + j]);
-    const Int16 fine = subtract(low[j], ADDED * q.low_sum.at[r + j]);
-    store(to + j * PIECE, fma(times(to_float(fine), q_scale / 254), scale, multiply(times(to_float(coarse), q_scale), scale)));
+    const Float16 coarse = times(to_float(subtract(high[j], ADDED * q.high_sum.at[r + j])), q_scale);
+    const Float16 fine = times(to_float(subtract(low[j], ADDED * q.low_sum.at[r + j])), q_scale / 254);
+    store(to + j * PIECE, fma(fine, scale, multiply(coarse, scale)));
   }
 }
 
