@@ -1,6 +1,6 @@
 """Attention of one token over a context of Cria's shape, beside the time to read its keys from memory.
 
-    python bench/scan.py [--tokens 1000000] [--reference] > bench/results/scan.json
+    python bench/scan.py [--tokens 1000000] [--kv int4] [--reference] > bench/results/scan.json
 
 Keys and values are random; queries are near one of the keys (as a look that found something) or near none (so that
 values of many tokens must be read).
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,18 +29,19 @@ SURE = 40.0  # logit of the key that a look finds; those of the others vary by 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--kv", choices=("int8", "int4"), default="int8", help="how keys and values are kept")
     parser.add_argument("--reference", action="store_true", help="also time the reference (slow)")
     options = parser.parse_args()
     torch.manual_seed(0)
-    parts = [random_part(min(PART, options.tokens - i)) for i in range(0, options.tokens, PART)]
-    found = parts[0].k_GNd[:, :1].float() * 1e-3
+    parts = [random_part(min(PART, options.tokens - i), options.kv) for i in range(0, options.tokens, PART)]
+    found = kernels.dequantize_kv(parts[0].k_GNd[:, :1], parts[0].k_scale_GN[:, :1], torch.float32)
     found = found.expand(-1, GROUP, -1) * SURE / (found.norm(dim=-1, keepdim=True) ** 2)
     near_none = torch.randn(HEADS, GROUP, DIM) * 0.1
-    key_bytes = sum(p.k_GNd.numel() + 2 * p.k_scale_GN.numel() for p in parts)
+    key_bytes = sum(p.k_GNd.nbytes + p.k_scale_GN.nbytes for p in parts)
     read = median_seconds(lambda: [p.k_GNd.view(torch.int64).sum() for p in parts])
     rows = {"found": found, "near none": near_none}
     result: dict[str, Any] = {
-        "command": f"python bench/scan.py --tokens {options.tokens}" + " --reference" * options.reference,
+        "command": " ".join(["python bench/scan.py", *sys.argv[1:]]),
         "implementation": kernels.implementation(),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "tokens": options.tokens,
@@ -57,9 +59,15 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def random_part(tokens: int) -> KV:
-    k, v = (torch.randint(-127, 128, (HEADS, tokens, DIM), dtype=torch.int8) for _ in range(2))
-    return KV(k, v, torch.full((HEADS, tokens), 1e-3).half(), torch.full((HEADS, tokens), 1e-3).half())
+def random_part(tokens: int, kv: str) -> KV:
+    """Codes drawn evenly; in 4 bits scales are larger, so that numbers are as large as in 8."""
+    if kv == "int8":
+        codes, shape, step = torch.int8, (HEADS, tokens, DIM), 1e-3
+    else:
+        codes, shape, step = torch.uint8, (HEADS, tokens, DIM // 2), 16e-3
+    limits = torch.iinfo(codes)
+    k, v = (torch.randint(limits.min, limits.max + 1, shape, dtype=codes) for _ in range(2))
+    return KV(k, v, torch.full((HEADS, tokens), step).half(), torch.full((HEADS, tokens), step).half())
 
 
 def median_seconds(call: Callable[[], Any], times: int = 7) -> float:

@@ -121,12 +121,15 @@ class Context:
         self._store, self._model = store, model
 
     @classmethod
-    def open(cls, folder: str | Path, model: Model) -> "Context":
+    def open(cls, folder: str | Path, model: Model, *, kv: str | None = None) -> "Context":
         """Open a context folder; a missing or empty folder becomes an empty context.
 
-        ContextError if another model read it, it is damaged, or the model has not exactly one global layer.
+        kv: the format in which keys and values are kept, int8, int4 or float32; None: as the context has it, int8 for
+        a new one. ContextError if it has another format, another model read it, it is damaged, or the model has not
+        exactly one global layer.
         """
-        return cls(Store.open(folder, spec_for(model.config, model.fingerprint)), model)
+        spec = spec_for(model.config, model.fingerprint, kv or "int8")
+        return cls(Store.open(folder, spec, any_dtype=kv is None), model)
 
     @property
     def folder(self) -> Path:

@@ -18,6 +18,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(what, measured, asked for) of one result file's figures."""
     for one in result["results"]:
         kind, size = one["eval"], _size(one.get("length"))
+        if one.get("kv", "int8") != "int8":
+            size += f" in {one['kv']}"
         if kind == "needle":
             yield f"needle, {size} tokens, {one['trials']} trials: exact", _percent(one["exact"]), _goal(one, 97, 95)
             yield f"needle, {size} tokens: value right, whatever the answer names", _percent(one["value_right"]), ""

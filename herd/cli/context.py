@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from herd.cli.output import JsonFlag, examples, interruptible, note, print_json
+from herd.cli.output import JsonFlag, KvOption, examples, interruptible, note, print_json
 from herd.cli.report import print_skipped
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def show(folder: Folder, as_json: JsonFlag = False) -> None:
         return
     for source in store.sources:
         print(f"{source.tokens:>12,}  {source.name}")
-    print(f"{store.tokens:>12,}  tokens of {len(store.sources):,} sources in {size:,} bytes")
+    print(f"{store.tokens:>12,}  tokens of {len(store.sources):,} sources in {size:,} bytes, K/V as {store.spec.dtype}")
     print_skipped(store.skipped)
 
 
@@ -69,13 +69,16 @@ def verify(folder: Folder, as_json: JsonFlag = False) -> None:
         print(f"{folder} is sound: {found.tokens:,} tokens, {found.chunks:,} chunks, {found.sources:,} sources")
 
 
-@app.command(epilog=examples("herd context compact ./ctx"))
-def compact(folder: Folder, as_json: JsonFlag = False) -> None:
-    """Drop damaged chunks and those no source uses, and join small segments. Answers stay the same."""
+@app.command(epilog=examples("herd context compact ./ctx", "herd context compact ./ctx --kv int4"))
+def compact(folder: Folder, kv: KvOption = None, as_json: JsonFlag = False) -> None:
+    """Drop damaged chunks and those no source uses, and join small segments. Answers stay the same.
+
+    With --kv keys and values are also converted to a narrower format, for which answers may change.
+    """
     from herd.context.maintain import compact
 
     with interruptible(UNTOUCHED):
-        done = compact(folder)
+        done = compact(folder, kv)
     if as_json:
         print_json(vars(done))
         return

@@ -23,6 +23,14 @@ ModelOption = Annotated[
         help="cria, or a folder in Hugging Face's Llama 4 layout; @int8 or @int4 after it quantises the weights.",
     ),
 ]
+KvOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="FORMAT",
+        help="How keys and values are kept: int8, int4 or float32. Default: as they are, int8 in a new context.",
+    ),
+]
 
 
 class Interrupted(Exception):

@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 import herd
-from herd.cli.output import JsonFlag, ModelOption, examples, interruptible, print_json
+from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, print_json
 from herd.cli.progress import reading
 from herd.cli.report import context_json, print_report, tokens_per_s
 
 NAME = "read"
 EXAMPLES = examples(
     "herd read src docs manual.pdf --context ./ctx",
-    "herd read . --context ./ctx --json",
+    "herd read . --context ./ctx --kv int4 --json",
     "git log -p | herd read - --context ./ctx",
 )
 KEPT = "what was read so far is kept; the same command goes on from there"
@@ -22,6 +22,7 @@ KEPT = "what was read so far is kept; the same command goes on from there"
 def command(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for stdin.")],
     context: Annotated[Path, typer.Option("--context", "-c", metavar="DIR", help="The context; made if missing.")],
+    kv: KvOption = None,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
@@ -29,7 +30,7 @@ def command(
 
     A file of more than 64 MiB is not read but listed as skipped; split it.
     """
-    opened = herd.Context.open(context, herd.load(model))
+    opened = herd.Context.open(context, herd.load(model), kv=kv)
     with interruptible(KEPT), reading() as progress:
         report = opened.read(paths, progress=progress)
     if as_json:

@@ -92,7 +92,7 @@ class ContextCache:
     def token_mass(self, row: int, store: Store, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received."""
         kv = store.kv(chunk)
-        k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32) if kv.k_scale_GN is not None else kv.k_GNd
+        k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
         q_GRd = torch.cat([look.q_GRd for look in self._looks[row]], 1)
         lse_GR = torch.cat([look.lse_GR for look in self._looks[row]], 1)
         mass_GRn = torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1))

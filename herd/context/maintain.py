@@ -1,6 +1,6 @@
 """Upkeep of a context folder: verify, compact, merge. None of them needs the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from herd.context import manifest, segment
@@ -49,8 +49,8 @@ class Compacted:
 def verify(folder: str | Path) -> Verified:
     """Check every byte of a context: the manifest, sizes, bounds, hashes and checksums."""
     folder = Path(folder)
-    spec = stored_spec(folder)
     with manifest.connect(folder) as db, manifest.snapshot(db):
+        spec = stored_spec(folder, db)
         problems = [manifest.damaged(folder, row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
         chunks, rows, sources = manifest.chunks(db, live=False), manifest.segments(db), manifest.sources(db)
         for row in rows:
@@ -59,17 +59,18 @@ def verify(folder: str | Path) -> Verified:
     return Verified(len(sources), len(chunks), sum(chunk.tokens for chunk in chunks), problems)
 
 
-def compact(folder: str | Path) -> Compacted:
+def compact(folder: str | Path, kv: str | None = None) -> Compacted:
     """Drop damaged chunks and those no source uses, and join small segments. The context answers as before.
 
+    kv: also change the format of all K/V to this one, which must not be wider than the one they have (ContextError).
     A source that lost a chunk is dropped too and listed as skipped, so that it is read again and never half there.
     """
     folder = Path(folder)
-    spec = stored_spec(folder)
-    with lock(folder), manifest.connect(folder) as db, manifest.plain_errors(folder):
+    with manifest.connect(folder) as db, lock(folder), manifest.plain_errors(folder):
+        spec = stored_spec(folder, db)
+        writer = Writer(folder, _narrowed(folder, spec, kv), db)
         remove_unnamed(folder, db)
         before = _size(folder)
-        writer = Writer(folder, spec, db)
         dropped, moving, old = 0, list[tuple[ChunkRow, KV]](), list[SegmentRow]()
         damaged: list[ChunkRow] = []
         used = {chunk for _, chunk in manifest.source_chunks(db)}
@@ -78,8 +79,9 @@ def compact(folder: str | Path) -> Compacted:
         for row in rows:
             own = [chunk for chunk in chunks if chunk.segment == row.id]
             sound, problems = _sound(folder, row, own, spec)
-            kept = [(chunk, kv) for chunk, kv in sound if chunk.id in used]
-            if len(kept) == len(own) and row.tokens > _SMALL_TOKENS and not problems:
+            kept = [(chunk, part) for chunk, part in sound if chunk.id in used]
+            whole = len(kept) == len(own) and row.tokens > _SMALL_TOKENS and not problems
+            if whole and writer.spec == spec:
                 continue
             sound_ids = {chunk.id for chunk, _ in sound}
             damaged += [chunk for chunk in own if chunk.id not in sound_ids]
@@ -87,27 +89,43 @@ def compact(folder: str | Path) -> Compacted:
             moving += kept
             old.append(row)
         # One small segment alone gains nothing from being written again.
-        lost = _replace(writer, old, moving, damaged) if len(old) > 1 or dropped else []
+        lost = _replace(writer, old, moving, damaged) if len(old) > 1 or dropped or writer.spec != spec else []
         db.execute("VACUUM")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         remove_unnamed(folder, db)
     return Compacted(before, _size(folder), dropped, lost)
 
 
+def _narrowed(folder: Path, spec: Spec, kv: str | None) -> Spec:
+    """The spec with its K/V in format `kv`; ContextError if that is wider."""
+    wanted = replace(spec, dtype=kv or spec.dtype)
+    if wanted != spec and not spec.narrows_to(wanted.dtype):
+        raise ContextError(
+            f"{folder} keeps K/V as {spec.dtype}, and {kv} would not bring back what was rounded; "
+            f"read the sources into another folder with --kv {kv}"
+        )
+    return wanted
+
+
 def _replace(
     writer: Writer, old: list[SegmentRow], moving: list[tuple[ChunkRow, KV]], bad: list[ChunkRow]
 ) -> list[str]:
-    """Write the moving chunks to new segments, point the rows at them and forget the old segments, all at once."""
+    """Write the moving chunks to new segments in the writer's format, point the rows at them and forget the old
+    segments, all at once."""
     db = writer.db
-    parts = [(part, writer.write([kv for _, kv in part])) for part in split(moving)]
+    written = []
+    for part in split(moving):
+        kvs = [segment.convert(kv, writer.spec) for _, kv in part]
+        written.append(([(chunk, kv.crc()) for (chunk, _), kv in zip(part, kvs, strict=True)], writer.write(kvs)))
     bad_ids = {chunk.id for chunk in bad}
     hit = {source for source, chunk in manifest.source_chunks(db) if chunk in bad_ids}
     lost = [source for source in manifest.sources(db) if source.id in hit]
     with manifest.transaction(db):
-        for part, new in parts:
+        manifest.set_meta(db, writer.spec.to_meta())
+        for placed, new in written:
             row, start = manifest.insert_segment(db, new), 0
-            for chunk, _ in part:
-                manifest.move_chunk(db, chunk.id, row, start)
+            for chunk, crc in placed:
+                manifest.move_chunk(db, chunk.id, row, start, crc)
                 start += chunk.tokens
         manifest.delete_sources(db, [source.id for source in lost])
         manifest.replace_skipped(db, [], [SkippedRow(s.path or s.name.encode(), s.name, _MENDED) for s in lost])
@@ -126,15 +144,11 @@ def merge(folder: str | Path, other: str | Path) -> int:
     content gets a number behind its name.
     """
     target, source = Store.open(folder), Store.open(other)
-    if target.spec != source.spec:
-        raise ContextError(
-            f"{other} and {folder} were read by different models or settings "
-            f"({source.spec.fingerprint[:12]} and {target.spec.fingerprint[:12]}); read the sources again instead"
-        )
     if target.folder.resolve() == source.folder.resolve():
         raise ContextError(f"{folder} cannot be merged into itself; name two folders")
     copied = 0
     with target.writer() as writer:
+        _check_mergeable(target.folder, writer.spec, source)
         batch: list[tuple[NewChunk, KV]] = []
         for index, row in enumerate(source.chunks):
             if row.hash in writer.known:
@@ -150,6 +164,20 @@ def merge(folder: str | Path, other: str | Path) -> int:
         sources, skipped = _merged_sources(writer, source)
         writer.commit(batch, sources, skipped=skipped)
     return copied
+
+
+def _check_mergeable(folder: Path, spec: Spec, other: Store) -> None:
+    if replace(spec, dtype=other.spec.dtype) != other.spec:
+        raise ContextError(
+            f"{other.folder} and {folder} were read by different models or settings "
+            f"({other.spec.fingerprint[:12]} and {spec.fingerprint[:12]}); read the sources again instead"
+        )
+    if spec != other.spec:
+        wide, kv = (folder, other.spec.dtype) if spec.narrows_to(other.spec.dtype) else (other.folder, spec.dtype)
+        raise ContextError(
+            f"{other.folder} keeps K/V as {other.spec.dtype} and {folder} as {spec.dtype}; "
+            f"run `herd context compact {wide} --kv {kv}` first"
+        )
 
 
 def _merged_sources(writer: Writer, other: Store) -> tuple[list[NewSource], list[SkippedRow]]:

@@ -189,6 +189,10 @@ def read_meta(db: sqlite3.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT key, value FROM meta"))
 
 
+def set_meta(db: sqlite3.Connection, meta: dict[str, str]) -> None:
+    db.executemany("UPDATE meta SET value = ? WHERE key = ?", ((value, key) for key, value in meta.items()))
+
+
 AnyRow = TypeVar("AnyRow")
 
 
@@ -265,8 +269,8 @@ def insert_chunk(db: sqlite3.Connection, row: ChunkRow) -> int:
     return int(db.execute(query, values).fetchone()[0])
 
 
-def move_chunk(db: sqlite3.Connection, chunk: int, segment: int, start: int) -> None:
-    db.execute("UPDATE chunk SET segment = ?, start = ? WHERE id = ?", (segment, start, chunk))
+def move_chunk(db: sqlite3.Connection, chunk: int, segment: int, start: int, crc: int) -> None:
+    db.execute("UPDATE chunk SET segment = ?, start = ?, crc = ? WHERE id = ?", (segment, start, crc, chunk))
 
 
 def put_source(db: sqlite3.Connection, name: str, path: bytes | None, stat: str, chunk_ids: Iterable[int]) -> None:

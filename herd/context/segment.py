@@ -1,12 +1,14 @@
 """One segment: a file with the K/V of a run of chunks, written once, synced, never changed, memory-mapped to be read.
 
-Layout: a header of 128 bytes, then four arrays, each aligned to 64 bytes: K [G, N, d], V [G, N, d], and for int8 the
-scales of K and of V [G, N] float16. Per head contiguous, so that a scan streams through memory.
+Layout: a header of 128 bytes, then four arrays, each aligned to 64 bytes: K [G, N, d], V [G, N, d] (int4: two numbers
+in a byte), and for int8 and int4 the scales of K and of V [G, N] float16. Per head contiguous, so that a scan streams
+through memory.
 
 Shape suffixes: G key/value heads, N tokens of the segment, d head_dim.
 """
 
 import hashlib
+import math
 import mmap
 import os
 import struct
@@ -15,19 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from herd.errors import ContextError
-from herd.kernels import quantize_kv
+from herd.kernels import dequantize_kv, quantize_kv
 
 SUFFIX = ".kv"
 _MAGIC = b"HERDKV01"
 _HEADER = struct.Struct("<8sIIIIQ32s")  # magic, dtype, heads, head_dim, reserved, tokens, fingerprint digest
 _HEADER_BYTES = 128
 _ALIGN = 64
-_DTYPES = {"int8": 1, "float32": 2}
+_DTYPES = {"float32": 2, "int8": 1, "int4": 3}  # from wide to narrow
 _MAX_TOKENS = 1 << 32
 
 
@@ -39,7 +40,7 @@ class Spec:
     kv_heads: int
     head_dim: int
     chunk: int  # tokens
-    dtype: str = "int8"  # or float32, which keeps K/V as the model computed them
+    dtype: str = "int8"  # or int4, or float32, which keeps K/V as the model computed them
 
     def __post_init__(self) -> None:
         if min(self.kv_heads, self.head_dim, self.chunk) < 1:
@@ -47,7 +48,14 @@ class Spec:
                 f"K/V of {self.kv_heads} heads of {self.head_dim} in chunks of {self.chunk} tokens are impossible"
             )
         if self.dtype not in _DTYPES:
-            raise ContextError(f"K/V can be kept as int8 or float32, not {self.dtype!r}")
+            raise ContextError(f"K/V can be kept as int8, int4 or float32, not {self.dtype!r}")
+        if self.dtype == "int4" and self.head_dim % 2:
+            raise ContextError(f"int4 keeps two numbers in a byte and heads have {self.head_dim}; use int8")
+
+    def narrows_to(self, dtype: str) -> bool:
+        """Whether `dtype` has fewer bits than this has, so that K/V can be converted to it."""
+        order = list(_DTYPES)
+        return order.index(dtype) > order.index(self.dtype)
 
     def to_meta(self) -> dict[str, str]:
         return {name: str(value) for name, value in vars(self).items()}
@@ -63,7 +71,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class KV:
-    """Keys and values [G, N, d], int8 with float16 scales [G, N], or float32 without."""
+    """Keys and values [G, N, d] as `quantize_kv` makes them, with float16 scales [G, N], or float32 without."""
 
     k_GNd: Tensor
     v_GNd: Tensor
@@ -94,8 +102,17 @@ def pack(k_TGd: Tensor, v_TGd: Tensor, spec: Spec) -> KV:
     k_GNd, v_GNd = k_TGd.transpose(0, 1), v_TGd.transpose(0, 1)
     if spec.dtype == "float32":
         return KV(k_GNd.float().contiguous(), v_GNd.float().contiguous(), None, None)
-    (k8, ks), (v8, vs) = quantize_kv(k_GNd), quantize_kv(v_GNd)
-    return KV(k8.contiguous(), v8.contiguous(), ks.contiguous(), vs.contiguous())
+    (k, ks), (v, vs) = (quantize_kv(x_GNd, 4 if spec.dtype == "int4" else 8) for x_GNd in (k_GNd, v_GNd))
+    return KV(k.contiguous(), v.contiguous(), ks.contiguous(), vs.contiguous())
+
+
+def convert(kv: KV, spec: Spec) -> KV:
+    """K/V in the format of this spec, from whichever they have; as they are if it is the same."""
+    if kv.k_GNd.dtype == _arrays(spec, 1)[0][0]:
+        return kv
+    k_GNd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
+    v_GNd = dequantize_kv(kv.v_GNd, kv.v_scale_GN, torch.float32)
+    return pack(k_GNd.transpose(0, 1), v_GNd.transpose(0, 1), spec)
 
 
 def join(parts: Sequence[KV]) -> KV:
@@ -147,13 +164,9 @@ def load(path: Path, tokens: int, spec: Spec) -> KV:
         # Copy-on-write: torch wants memory it may write to, and the file must never change.
         data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     data.madvise(mmap.MADV_WILLNEED)
-    G, d = spec.kv_heads, spec.head_dim
-    kinds = [(torch.int8, (G, tokens, d))] * 2 + [(torch.float16, (G, tokens))] * 2
-    if spec.dtype == "float32":
-        kinds = [(torch.float32, (G, tokens, d))] * 2
     arrays: list[Tensor | None] = [
-        torch.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset).view(shape)
-        for offset, (dtype, shape) in zip(offsets, kinds, strict=True)
+        torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+        for offset, (dtype, shape) in zip(offsets, _arrays(spec, tokens), strict=True)
     ]
     return KV(*[*arrays, None, None][:4])  # type: ignore[arg-type]
 
@@ -172,7 +185,7 @@ def file_bytes(spec: Spec, tokens: int) -> int:
 
 
 def bytes_per_token(spec: Spec) -> int:
-    return 2 * spec.kv_heads * (spec.head_dim + 2 if spec.dtype == "int8" else 4 * spec.head_dim)
+    return sum(_sizes(spec, 1))
 
 
 def _header(spec: Spec, tokens: int) -> bytes:
@@ -181,16 +194,25 @@ def _header(spec: Spec, tokens: int) -> bytes:
     return head.ljust(_HEADER_BYTES, b"\0")
 
 
+def _arrays(spec: Spec, tokens: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each array of a segment."""
+    G, d = spec.kv_heads, spec.head_dim
+    if spec.dtype == "float32":
+        return [(torch.float32, (G, tokens, d))] * 2
+    codes = (torch.uint8, (G, tokens, d // 2)) if spec.dtype == "int4" else (torch.int8, (G, tokens, d))
+    return [codes] * 2 + [(torch.float16, (G, tokens))] * 2
+
+
+def _sizes(spec: Spec, tokens: int) -> list[int]:
+    return [dtype.itemsize * math.prod(shape) for dtype, shape in _arrays(spec, tokens)]
+
+
 def _layout(spec: Spec, tokens: int) -> tuple[list[int], int]:
     """Byte offset of each array, and the size of the file."""
     if not 0 < tokens < _MAX_TOKENS:
         raise ContextError(f"a segment of {tokens} tokens is impossible; the manifest is damaged")
-    values = spec.kv_heads * tokens * spec.head_dim
-    sizes = [values, values, 2 * spec.kv_heads * tokens, 2 * spec.kv_heads * tokens]
-    if spec.dtype == "float32":
-        sizes = [4 * values, 4 * values]
     offsets, end = [], _HEADER_BYTES
-    for size in sizes:
+    for size in _sizes(spec, tokens):
         offsets.append(-(-end // _ALIGN) * _ALIGN)
         end = offsets[-1] + size
     return offsets, end

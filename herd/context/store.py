@@ -13,7 +13,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,8 +107,10 @@ def unpack_ids(packed: bytes, tokens: int) -> list[int]:
 class Store:
     """A consistent view of a context folder."""
 
-    def __init__(self, folder: Path, spec: Spec) -> None:
-        self.folder, self.spec = folder, spec
+    spec: Spec
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.chunks: list[ChunkRow] = []
         self.source_of: list[int] = []  # index into sources, for each chunk; the first if several share it
         self.sources: list[SourceInfo] = []
@@ -117,20 +119,21 @@ class Store:
         self.refresh()
 
     @classmethod
-    def open(cls, folder: str | Path, spec: Spec | None = None) -> "Store":
+    def open(cls, folder: str | Path, spec: Spec | None = None, *, any_dtype: bool = False) -> "Store":
         """Open a context; with a spec it is created if the folder is new or empty.
 
-        ContextError if it was made by another model, is damaged, or (without a spec) does not exist.
+        ContextError if it was made by another model, keeps K/V in another format than the spec's (any_dtype: it may),
+        is damaged, or (without a spec) does not exist.
         """
         folder = Path(folder)
         if spec is None:
-            return cls(folder, stored_spec(folder))
+            return cls(folder)
         if not (folder / manifest.FILE).is_file() or not _has_meta(folder):
             _create(folder, spec)
-        found = stored_spec(folder)
-        if found != spec:
-            raise ContextError(_mismatch(folder, found, spec))
-        return cls(folder, spec)
+        opened = cls(folder)
+        if opened.spec != (replace(spec, dtype=opened.spec.dtype) if any_dtype else spec):
+            raise ContextError(_mismatch(folder, opened.spec, spec))
+        return opened
 
     @property
     def tokens(self) -> int:
@@ -159,31 +162,32 @@ class Store:
         """Move on to the newest committed state."""
         for attempt in range(5):
             with manifest.connect(self.folder) as db, manifest.snapshot(db):
+                spec = stored_spec(self.folder, db)  # a compaction may have changed the format
                 rows = manifest.segments(db)
                 chunks = manifest.chunks(db, live=True)
                 sources, pairs = manifest.sources(db), manifest.source_chunks(db)
                 skipped = manifest.skipped(db)
                 manifest.check_references(rows, chunks, sources, pairs)
             try:
-                mapped = self._map(rows, chunks)
+                mapped = self._map(rows, chunks, spec)
                 break
             except FileNotFoundError as error:
                 # A compaction may have replaced the file after the rows were read; the new rows name another one.
                 if attempt == 4:
                     raise ContextError(segment.damaged(Path(str(error.filename)), "the file is missing")) from error
-        self.chunks, self.segments = chunks, mapped
+        self.spec, self.chunks, self.segments = spec, chunks, mapped
         self.skipped = [(row.name, row.reason) for row in skipped]
         self._index_sources(sources, pairs)
 
-    def _map(self, rows: list[SegmentRow], chunks: list[ChunkRow]) -> list[Mapped]:
+    def _map(self, rows: list[SegmentRow], chunks: list[ChunkRow], spec: Spec) -> list[Mapped]:
         live: dict[int, list[int]] = {row.id: [] for row in rows}
         for index, chunk in enumerate(chunks):
             live[chunk.segment].append(index)
         mapped = []
         for row in rows:
             if live[row.id]:
-                kv = segment.load(self.folder / row.file, row.tokens, self.spec)
-                check_bounds(self.folder / row.file, row, [chunks[i] for i in live[row.id]], self.spec)
+                kv = segment.load(self.folder / row.file, row.tokens, spec)
+                check_bounds(self.folder / row.file, row, [chunks[i] for i in live[row.id]], spec)
                 mapped.append(Mapped(row, kv, live[row.id]))
         return mapped
 
@@ -208,7 +212,7 @@ class Store:
             db = stack.enter_context(manifest.connect(self.folder))
             with manifest.plain_errors(self.folder):
                 remove_unnamed(self.folder, db)
-            writer = Writer(self.folder, self.spec, db)
+            writer = Writer(self.folder, stored_spec(self.folder, db), db)
             yield writer
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -312,9 +316,9 @@ def remove_unnamed(folder: Path, db: sqlite3.Connection) -> None:
             path.unlink()
 
 
-def stored_spec(folder: Path) -> Spec:
-    with manifest.connect(folder) as db:
-        meta = manifest.read_meta(db)
+def stored_spec(folder: Path, db: sqlite3.Connection) -> Spec:
+    """What the manifest says that all K/V have in common."""
+    meta = manifest.read_meta(db)
     if not meta:
         raise ContextError(f"{folder} holds no context yet; read something into it first")
     if meta.get("format") != manifest.FORMAT:
@@ -350,6 +354,11 @@ def _mismatch(folder: Path, found: Spec, wanted: Spec) -> str:
             f"{folder} was read by another model ({found.fingerprint[:12]}, this one is {wanted.fingerprint[:12]}); "
             f"use that model or read the sources into another folder"
         )
+    if replace(found, dtype=wanted.dtype) == wanted:
+        fix = "read the sources into another folder"
+        if found.narrows_to(wanted.dtype):
+            fix = f"run `herd context compact {folder} --kv {wanted.dtype}`"
+        return f"{folder} keeps K/V as {found.dtype}, not {wanted.dtype}; leave the format out, or {fix}"
     names = [name for name, value in vars(found).items() if value != getattr(wanted, name)]
     parts = [f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in names]
     return f"{folder} was made with {', '.join(parts)}; read the sources into another folder"

@@ -14,17 +14,18 @@ MAX_TOKENS = 112  # the longest expected answer is a docstring with its signatur
 
 
 def read_corpus(
-    model: Model, files: Sequence[corpus.File], folder: Path, progress: corpus.Progress
+    model: Model, files: Sequence[corpus.File], folder: Path, progress: corpus.Progress, kv: str
 ) -> tuple[Context, report.Result]:
-    """Write the files below folder/sources, read them into folder/context; what was read and how fast."""
+    """Write the files below folder/sources, read them into folder/context-`kv`; what was read and how fast."""
     sources = corpus.write(files, folder / "sources")
     progress(f"reading {len(files):,} files")
     start = time.perf_counter()
-    context = Context.open(folder / "context", model)
+    context = Context.open(folder / f"context-{kv}", model, kv=kv)
     read = context.read(sorted(path for path in sources.iterdir()))
     seconds = time.perf_counter() - start
     progress(f"{read.tokens:,} tokens in the context, {read.read_tokens:,} of them read in {seconds:.1f} s")
     return context, {
+        "kv": kv,
         "context_tokens": read.tokens,
         "sources": read.sources,
         "skipped": len(read.skipped),

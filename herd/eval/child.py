@@ -1,6 +1,7 @@
 """One measured step in a process of its own: reads a JSON job from stdin, prints `first token` when it comes, a result.
 
-Job: mode (read | ask), model (folder), store (context folder), paths (read first if any), question, max_tokens.
+Job: mode (read | ask), model (folder), store (context folder), kv (its format), paths (read first if any), question,
+max_tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from herd.api import Context, load
 def main() -> None:
     """Do the job that stdin describes."""
     job: dict[str, Any] = json.load(sys.stdin)
-    context = Context.open(job["store"], load(job["model"]))
+    context = Context.open(job["store"], load(job["model"]), kv=job["kv"])
     result: dict[str, Any] = {"read_tokens": 0}
     if job["paths"]:
         start = time.perf_counter()

@@ -30,12 +30,13 @@ def context(
     progress: corpus.Progress,
     *,
     seed: int = 0,
+    kv: str = "int8",
     packages: Sequence[str] = corpus.HELD_OUT,
 ) -> report.Result:
     """Read `length` tokens into a new context, ask twice, edit a file of median size in its middle and ask again."""
     tokens = corpus.tokens_of(length)
     folder = workdir / f"context-{tokens}-{seed}"
-    store = folder / "context"
+    store = folder / f"context-{kv}"
     if store.exists():
         raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
     ordered = corpus.shuffled(corpus.package_files(packages), seed)
@@ -43,7 +44,7 @@ def context(
     sources = corpus.write(files, folder / "sources")
     roots = sorted(str(path) for path in sources.iterdir())
     progress(f"reading {len(files):,} files")
-    read = _child("read", model, store, paths=roots)
+    read = _child("read", model, store, kv=kv, paths=roots)
     size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     progress("asking from a new process")
     _child("ask", model, store, question=QUESTION, max_tokens=1)
@@ -55,6 +56,7 @@ def context(
     return {
         "eval": "context",
         "length": tokens,
+        "kv": kv,
         "context_tokens": read["tokens"],
         "read_s": read["read_s"],
         "read_tokens_per_s": round(read["read_tokens"] / read["read_s"]),
@@ -77,10 +79,17 @@ def edit(text: str) -> str:
 
 
 def _child(
-    mode: str, model: Model, store: Path, *, paths: Sequence[str] = (), question: str = "", max_tokens: int = 32
+    mode: str,
+    model: Model,
+    store: Path,
+    *,
+    kv: str | None = None,
+    paths: Sequence[str] = (),
+    question: str = "",
+    max_tokens: int = 32,
 ) -> dict[str, Any]:
     """Run `herd.eval.child` and add the seconds from its start to its first token and its end."""
-    job: dict[str, Any] = {"mode": mode, "model": str(model.path), "store": str(store), "paths": list(paths)}
+    job: dict[str, Any] = {"mode": mode, "model": str(model.path), "store": str(store), "kv": kv, "paths": list(paths)}
     job |= {"question": question, "max_tokens": max_tokens}
     start = time.perf_counter()
     process = subprocess.Popen(

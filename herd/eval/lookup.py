@@ -28,6 +28,7 @@ def lookup(
     progress: corpus.Progress,
     *,
     seed: int = 0,
+    kv: str = "int8",
     absent: int = ABSENT_QUESTIONS,
     base: Model | None = None,
 ) -> report.Result:
@@ -37,7 +38,7 @@ def lookup(
     """
     tokens = corpus.tokens_of(length)
     exam = prepare(model, packages, tokens, questions, absent, seed)
-    context, reading = read_corpus(model, exam.files, workdir / f"lookup-{tokens}-{seed}", progress)
+    context, reading = read_corpus(model, exam.files, workdir / f"lookup-{tokens}-{seed}", progress, kv)
     start = time.perf_counter()
     answers = ask_all(context, [item.question.question for item in exam.items], progress)
     refusals = ask_all(context, [question.question for question in exam.absent], progress)

@@ -42,6 +42,7 @@ def needle(
     progress: corpus.Progress,
     *,
     seed: int = 0,
+    kv: str = "int8",
     kinds: Sequence[str] = KINDS,
     packages: Sequence[str] = corpus.HELD_OUT,
 ) -> report.Result:
@@ -52,7 +53,7 @@ def needle(
     files, _ = corpus.fill(corpus.shuffled(corpus.package_files(packages), seed), tokens, model.tokenizer, chunk)
     files, needles = hide(files, needles_wanted)
     folder = workdir / f"needle-{tokens}-{seed}"
-    context, reading = read_corpus(model, files, folder, progress)
+    context, reading = read_corpus(model, files, folder, progress, kv)
     start = time.perf_counter()
     answers = ask_all(context, [needle.question.question for needle in needles], progress)
     seconds = time.perf_counter() - start

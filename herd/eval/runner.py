@@ -23,13 +23,14 @@ def run(
     workdir: Path,
     progress: corpus.Progress = print,
     seed: int = 0,
+    kv: str = "int8",
     with_base: bool = True,
 ) -> report.Result:
     """Run evaluation `name` at each length and return (and write to `out`) one result.
 
     trials: needles, questions or windows; None takes the published number. workdir keeps sources and contexts, so
-    that a second run reads nothing again. with_base: also measure the unchanged base model (slow for lookup).
-    ConfigError for an unknown name or no length.
+    that a second run reads nothing again. kv: the format of contexts. with_base: also measure the unchanged base model
+    (slow for lookup). ConfigError for an unknown name or no length.
     """
     if name not in NAMES:
         raise ConfigError(f"no evaluation is called {name!r}; choose one of {', '.join(NAMES)}")
@@ -41,12 +42,13 @@ def run(
     needs_base = with_base and name in ("lookup", "perplexity")
     base = baselines.base_model(workdir, progress) if needs_base else None
     results = [
-        _one(name, model, length, count, workdir, progress, seed, base)
+        _one(name, model, length, count, workdir, progress, seed, kv, base)
         for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
     ]
     shown = "" if name == "perplexity" else f" --length {','.join(str(length) for length in lengths)}"
     compared = "" if with_base or name not in ("lookup", "perplexity") else " --no-base"
-    command = f"herd eval {name}{shown} --trials {count} --seed {seed}{compared}"
+    kept = "" if kv == "int8" else f" --kv {kv}"
+    command = f"herd eval {name}{shown} --trials {count} --seed {seed}{kept}{compared}"
     result = {**report.about(command, model.path.name, model.fingerprint, seed), "results": results}
     if out is not None:
         report.write_json(result, out)
@@ -61,14 +63,15 @@ def _one(
     workdir: Path,
     progress: corpus.Progress,
     seed: int,
+    kv: str,
     base: Model | None,
 ) -> report.Result:
     if name == "needle":
-        return needle.needle(model, length, count, workdir, progress, seed=seed)
+        return needle.needle(model, length, count, workdir, progress, seed=seed, kv=kv)
     if name == "lookup":
-        return lookup.lookup(model, corpus.HELD_OUT, length, count, workdir, progress, seed=seed, base=base)
+        return lookup.lookup(model, corpus.HELD_OUT, length, count, workdir, progress, seed=seed, kv=kv, base=base)
     if name == "context":
-        return context.context(model, length, workdir, progress, seed=seed)
+        return context.context(model, length, workdir, progress, seed=seed, kv=kv)
     return perplexity.perplexity(model, base, count, progress)
 
 

@@ -17,12 +17,13 @@ _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WIDEST = 256  # head_dim, a multiple of 64
 _PANEL = 32  # outputs that are packed together (levels.h)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BITS = {torch.int8: 8, torch.uint8: 4}  # of keys and values
 
 
 class _Tokens(ctypes.Structure):
     """As in levels.h."""
 
-    _fields_ = (("keys", _P), ("values", _P), ("key_scale", _P), ("value_scale", _P), ("count", _I64))
+    _fields_ = (("keys", _P), ("values", _P), ("key_scale", _P), ("value_scale", _P), ("count", _I64), ("bits", _I32))
 
 
 def find() -> str | None:
@@ -74,9 +75,9 @@ def _library() -> ctypes.CDLL:
 
 
 def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
-    """Whether `attend_parts` can do this: int8 on the CPU, head_dim a multiple of 64."""
+    """Whether `attend_parts` can do this: 8 or 4 bits on the CPU, head_dim a multiple of 64."""
     d = q_GRd.shape[-1]
-    return d % 64 == 0 and d <= _WIDEST and all(part.k_GNd.dtype == torch.int8 for part in parts)
+    return d % 64 == 0 and d <= _WIDEST and all(part.k_GNd.dtype in _BITS for part in parts)
 
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
@@ -97,8 +98,8 @@ def _heads(part: Part) -> list[_Tokens]:
     assert part.k_scale_GN is not None and part.v_scale_GN is not None
     arrays = (part.k_GNd, part.v_GNd, part.k_scale_GN, part.v_scale_GN)
     assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
-    N = part.k_GNd.shape[1]
-    return [_Tokens(*(a[g].data_ptr() for a in arrays), N) for g in range(len(part.k_GNd))]
+    (G, N), bits = part.k_GNd.shape[:2], _BITS[part.k_GNd.dtype]
+    return [_Tokens(*(a[g].data_ptr() for a in arrays), N, bits) for g in range(G)]
 
 
 def takes_causal(*parts: Tensor) -> bool:

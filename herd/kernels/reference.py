@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SMALLEST = 2.0**-14  # normal number of float16
+_SCALES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of four bits, as shares of the one that cuts nothing off
+
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """Normalise the last axis in float32, cast back, then scale in the input's dtype (spec §1.3)."""
@@ -85,20 +88,53 @@ def expert_mlp(x_ND: Tensor, expert_N: Tensor, gate_up_EDF: Tensor, down_EFD: Te
     return torch.empty_like(x_ND).index_copy(0, order, torch.cat(outs))
 
 
-def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 over the last axis: x ≈ q * scale. Returns q int8 and scale float16 (last axis dropped)."""
+def quantize_kv(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Symmetric codes over the last axis, x ≈ code * scale: (codes, scale float16 with the last axis dropped).
+
+    8 bits: int8 from -127 to 127. 4 bits: -8 to 7, two to a byte (`pack_nibbles`), for an even last axis; the scale,
+    of either sign, is the one of a few whose squared error is least.
+    """
     x = x.float()
-    scale = (x.abs().amax(-1) / 127).clamp(min=2.0**-14).half()
+    if bits == 4:
+        return _quantize_4(x)
+    scale = (x.abs().amax(-1) / 127).clamp(min=_SMALLEST).half()
     q = (x / scale.float().unsqueeze(-1)).round().clamp(-127, 127)
     return q.to(torch.int8), scale
 
 
-def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _quantize_4(x: Tensor) -> tuple[Tensor, Tensor]:
+    # The number furthest from 0 becomes -8 or, with a smaller scale, is cut off so that the others are finer.
+    furthest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    q, scale, least = x, furthest, torch.full_like(furthest, math.inf)
+    for share in _SCALES:
+        tried = (furthest * (share / -8)).half().float()
+        tried = torch.where(tried.abs() < _SMALLEST, _SMALLEST, tried)
+        tried_q = (x / tried).round_().clamp_(-8, 7)
+        error = (tried_q * tried).sub_(x).square_().sum(-1, keepdim=True)
+        better = error < least
+        q, scale = torch.where(better, tried_q, q), torch.where(better, tried, scale)
+        least = torch.minimum(error, least)
+    return pack_nibbles(q.to(torch.int8)), scale.squeeze(-1).half()
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """Numbers from -8 to 7 [..., d] as uint8 [..., d / 2]: 8 is added, and byte i holds number i in its low half and
+    number i + d / 2 in its high half."""
+    low, high = (q + 8).to(torch.uint8).chunk(2, -1)
+    return low | high << 4
+
+
+def dequantize_kv(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The numbers that codes of `quantize_kv` stand for, 4 bits where they are uint8; without a scale, q itself."""
+    if scale is None:
+        return q.to(dtype)
+    if q.dtype == torch.uint8:
+        q = torch.cat([q & 15, q >> 4], -1).to(torch.int8) - 8
     return (q.to(torch.float32) * scale.float().unsqueeze(-1)).to(dtype)
 
 
 class Part(Protocol):
-    """Keys and values [G, N, d] of some tokens: int8 with float16 scales [G, N], or float32 without."""
+    """Keys and values [G, N, d] of some tokens: as `quantize_kv` makes them, with scales [G, N], or float32 without."""
 
     @property
     def k_GNd(self) -> Tensor: ...
@@ -131,16 +167,13 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
     out_GRd, lse_GR = torch.zeros(q_GRd.shape), torch.full((G, R), -math.inf)
     lses = []
     for part in parts:
-        k_GNd, v_GNd = (_plain(part.k_GNd, part.k_scale_GN), _plain(part.v_GNd, part.v_scale_GN))
+        k_GNd = dequantize_kv(part.k_GNd, part.k_scale_GN, torch.float32)
+        v_GNd = dequantize_kv(part.v_GNd, part.v_scale_GN, torch.float32)
         logits_GRN = q_GRd.float() @ k_GNd.transpose(1, 2)
         lses.append(logits_GRN.logsumexp(-1))
         part_out_GRd = logits_GRN.softmax(-1) @ v_GNd
         out_GRd, lse_GR = merge_partials([(out_GRd, lse_GR), (part_out_GRd, lses[-1])])
     return Attention(out_GRd, lse_GR, torch.stack(lses), torch.zeros(G, R))
-
-
-def _plain(x_GNd: Tensor, scale_GN: Tensor | None) -> Tensor:
-    return x_GNd.float() if scale_GN is None else dequantize_kv(x_GNd, scale_GN, torch.float32)
 
 
 @dataclass(frozen=True)

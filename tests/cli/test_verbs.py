@@ -150,6 +150,7 @@ def test_context_verbs(capsys: pytest.CaptureFixture[str], notes: Path, tiny_mod
         "sources": 2,
     }
     assert run_json(capsys, "context", "merge", context, other, "--json")["copied_tokens"] == 0
+    assert shown["kv"] == "int8"
     assert "exists" in fails(capsys, "context", "export", context, archive)
     for verb in ("show", "verify", "compact"):
         assert run(["context", verb, str(context)]) == 0
@@ -161,6 +162,25 @@ def test_context_verbs(capsys: pytest.CaptureFixture[str], notes: Path, tiny_mod
     segment.write_bytes(data)
     assert run(["context", "verify", str(context)]) == 1
     assert "herd context compact" in capsys.readouterr().err
+
+
+def test_contexts_in_four_bits(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
+    wide, narrow, model = notes.parent / "wide", notes.parent / "narrow", ("--model", tiny_model)
+    read = ("read", notes, *model, "--json", "--context")
+    run_json(capsys, *read, wide)
+    assert run_json(capsys, *read, narrow, "--kv", "int4")["context"]["read_tokens"] > 0
+    assert run_json(capsys, *read, narrow)["context"]["read_tokens"] == 0, "no format named: that of the context"
+    assert f"compact {wide} --kv int4" in fails(capsys, *read, wide, "--kv", "int4")
+    both = ("ask", "What is the code?", "--context", wide, "--context", narrow, *model, "--max-tokens", 2, "--json")
+    assert run_json(capsys, *both)["citations"], "contexts of two formats are asked together"
+    done = run_json(capsys, "context", "compact", wide, "--kv", "int4", "--json")
+    assert done["bytes_after"] < done["bytes_before"]
+    shown = [run_json(capsys, "context", "show", folder, "--json") for folder in (wide, narrow)]
+    assert [s["kv"] for s in shown] == ["int4", "int4"]
+    assert run(["context", "show", str(wide)]) == 0
+    assert "K/V as int4" in capsys.readouterr().out
+    assert "would not bring back" in fails(capsys, "context", "compact", wide, "--kv", "int8")
+    assert "not 'int5'" in fails(capsys, *read, notes.parent / "new", "--kv", "int5")
 
 
 def test_chat(

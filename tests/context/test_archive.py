@@ -41,6 +41,15 @@ def test_a_round_trip_brings_everything_back(exported: Path, tmp_path: Path) -> 
     put(imported, "dir/c.py", [b"three", b"four"])
 
 
+def test_a_round_trip_keeps_the_format(exported: Path, tmp_path: Path) -> None:
+    maintain.compact(tmp_path / "ctx", "int4")
+    archive.export(tmp_path / "ctx", tmp_path / "int4.tar")
+    imported = archive.import_(tmp_path / "int4.tar", tmp_path / "new")
+    assert imported.spec.dtype == "int4" and contents(imported) == contents(Store.open(tmp_path / "ctx"))
+    rewrite(tmp_path / "int4.tar", tmp_path / "lie.tar", set_at(["spec", "dtype"], "int8"))
+    refuse(tmp_path / "lie.tar", tmp_path)
+
+
 def test_nothing_is_overwritten(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ContextError, match="exists"):
         archive.export(tmp_path / "ctx", exported)

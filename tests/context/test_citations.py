@@ -15,10 +15,10 @@ GLOBAL_LAYER = 2
 HEADER = b"# s:10\n"
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Store:
+@pytest.fixture(params=["int8", "int4"])
+def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
     """Source n has one chunk of three lines, 10 to 12; the key of its second line's `=` points along axis n."""
-    opened = Store.open(tmp_path / "ctx", spec())
+    opened = Store.open(tmp_path / "ctx", spec(dtype=request.param))
     with opened.writer() as writer:
         batch, sources = [], []
         for n in range(4):
@@ -26,7 +26,7 @@ def opened(tmp_path: Path) -> Store:
             k_TGd = torch.zeros(len(ids), 2, 8)
             k_TGd[ids.index(ord("=")), :, n] = 10.0
             k_TGd[2, :, 4 + n] = 10.0  # a token of the header
-            batch.append((NewChunk(chunk_hash("tiny", ids), ids, 10, 12), pack(k_TGd, k_TGd, spec())))
+            batch.append((NewChunk(chunk_hash("tiny", ids), ids, 10, 12), pack(k_TGd, k_TGd, opened.spec)))
             sources.append(NewSource(f"s{n}", None, "", [batch[-1][0].hash]))
         writer.commit(batch, sources)
     opened.refresh()

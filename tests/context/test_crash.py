@@ -127,8 +127,11 @@ def test_kill_9_at_20_moments_of_a_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert contents(Store.open(folder)) == contents(Store.open(tmp_path / "peace"))
 
 
+@pytest.mark.parametrize("kv", [None, "int4"])
 @pytest.mark.parametrize("seed", range(8))
-def test_kill_9_while_a_context_is_compacted(tmp_path: Path, seed: int) -> None:
+def test_kill_9_while_a_context_is_compacted(tmp_path: Path, seed: int, kv: str | None) -> None:
+    """Also to another format: then all of it has the old or the new one (`contents` compares every byte)."""
+
     def prepare(folder: Path) -> None:
         opened = Store.open(folder, spec())
         for i in range(4):
@@ -136,12 +139,12 @@ def test_kill_9_while_a_context_is_compacted(tmp_path: Path, seed: int) -> None:
         put(opened, "s0", [b"new"])
 
     prepare(tmp_path / "dry")
-    total = lines_of(lambda: maintain.compact(tmp_path / "dry") and None)
+    total = lines_of(lambda: maintain.compact(tmp_path / "dry", kv) and None)
     folder = tmp_path / "ctx"
     prepare(folder)
     before = contents(Store.open(folder))
     at = random.Random(seed).randrange(1, total)
-    assert kill_at(at, lambda: maintain.compact(folder) and None) == -signal.SIGKILL
+    assert kill_at(at, lambda: maintain.compact(folder, kv) and None) == -signal.SIGKILL
     assert contents(Store.open(folder)) == before
     check_sound(folder, before, before)
 

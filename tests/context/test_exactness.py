@@ -89,12 +89,13 @@ def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_a_scan_equals_attention_over_all_live_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, kv: str
 ) -> None:
     """Also with chunks that no source uses any more, and runs of several chunks."""
     monkeypatch.setattr(scan, "PART_TOKENS", 40)
-    opened = Store.open(tmp_path / "ctx", spec())
+    opened = Store.open(tmp_path / "ctx", spec(dtype=kv))
     put(opened, "a", [b"one" * 3, b"two" * 5, b"gone", b"three" * 4, b"\x00" * 30])
     put(opened, "b", [b"four" * 2])
     put(opened, "a", [b"one" * 3, b"two" * 5, b"three" * 4, b"\x00" * 30])

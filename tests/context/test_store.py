@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from herd.context import maintain, manifest, store
-from herd.context.segment import Spec, bytes_per_token
+from herd.context.segment import Spec, bytes_per_token, convert
 from herd.context.store import Store, pack_ids, unpack_ids
 from herd.errors import ContextError
 from tests.context.tiny_context import CHUNK, contents, exit_status, forked, new_chunk, put, spec
@@ -49,6 +49,11 @@ class Folder(RuleBasedStateMachine):
         done = maintain.compact(self.folder)
         assert done.damaged_sources == []
 
+    @rule()
+    def narrow(self) -> None:
+        maintain.compact(self.folder, "int4")
+        assert Store.open(self.folder).spec == spec(dtype="int4")
+
     @invariant()
     def agrees(self) -> None:
         self.store.refresh()
@@ -80,13 +85,15 @@ def test_damaged_token_ids_are_refused(packed: bytes, tokens: int) -> None:
         assert len(unpack_ids(packed, tokens)) == tokens
 
 
-def test_a_context_keeps_at_most_400_bytes_per_token() -> None:
+@pytest.mark.parametrize(("dtype", "size"), [("int8", 396), ("int4", 204), ("float32", 1536)])
+def test_bytes_per_token(dtype: str, size: int) -> None:
     """Cria's shape: 3 heads of 64 and chunks of 512 tokens. The manifest is counted by test_disk_size."""
-    assert bytes_per_token(Spec("x", 3, 64, 512)) == 396
+    assert bytes_per_token(Spec("x", 3, 64, 512, dtype)) == size
 
 
-def test_disk_size_with_the_manifest(tmp_path: Path) -> None:
-    cria = Spec("x", 3, 64, 512)
+@pytest.mark.parametrize(("dtype", "limit"), [("int8", 400), ("int4", 208)])
+def test_disk_size_with_the_manifest(tmp_path: Path, dtype: str, limit: int) -> None:
+    cria = Spec("x", 3, 64, 512, dtype)
     opened, rng = Store.open(tmp_path / "ctx", cria), random.Random(0)
     x = torch.randn(512, 3, 64)
     with opened.writer() as writer:
@@ -99,7 +106,7 @@ def test_disk_size_with_the_manifest(tmp_path: Path) -> None:
             sources = [store.NewSource(f"s{new.hash.hex()}", None, "", [new.hash]) for new, _ in batch]
             writer.commit(batch, sources)
     size = sum(path.stat().st_size for path in (tmp_path / "ctx").iterdir())
-    assert size / (2 * 126 * 512) <= 400
+    assert size / (2 * 126 * 512) <= limit
 
 
 def test_a_snapshot_does_not_move(tmp_path: Path) -> None:
@@ -162,9 +169,58 @@ def test_another_model_is_refused_and_the_folder_stays(tmp_path: Path) -> None:
     put(Store.open(tmp_path / "ctx", spec()), "a", [b"x"])
     with pytest.raises(ContextError, match="read by another model"):
         Store.open(tmp_path / "ctx", spec("other"))
-    with pytest.raises(ContextError, match="dtype int8 instead of float32"):
-        Store.open(tmp_path / "ctx", spec(dtype="float32"))
     assert contents(Store.open(tmp_path / "ctx", spec())) == {"a": [b"x"]}
+
+
+def test_a_context_keeps_its_format_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "ctx"
+    put(Store.open(folder, spec(dtype="int8")), "a", [b"x"])
+    assert contents(Store.open(folder, spec(dtype="int4"), any_dtype=True)) == {"a": [b"x"]}
+    with pytest.raises(ContextError, match=r"keeps K/V as int8, not int4; .* run `herd context compact .* --kv int4`"):
+        Store.open(folder, spec(dtype="int4"))
+    with pytest.raises(ContextError, match=r"keeps K/V as int8, not float32; .* into another folder"):
+        Store.open(folder, spec(dtype="float32"))
+    with pytest.raises(ContextError, match="read by another model"):
+        Store.open(folder, spec("other", "int4"), any_dtype=True)
+    with pytest.raises(ContextError, match="int8, int4 or float32, not 'int5'"):
+        spec(dtype="int5")
+    with pytest.raises(ContextError, match="two numbers in a byte and heads have 7"):
+        Spec("x", 1, 7, 8, "int4")
+
+
+@pytest.mark.parametrize("wide", ["int8", "float32"])
+def test_compact_narrows_and_never_widens(tmp_path: Path, wide: str) -> None:
+    folder = tmp_path / "ctx"
+    stale = Store.open(folder, spec(dtype=wide))
+    put(stale, "a", [b"one", b"two"])
+    put(stale, "b", [b"three"])
+    stale.refresh()
+    exact = stale.kv(0)
+    done = maintain.compact(folder, "int4")
+    assert (done.dropped_chunks, done.damaged_sources) == (0, [])
+    opened = Store.open(folder)
+    assert opened.spec == spec(dtype="int4") and maintain.verify(folder).problems == []
+    for a, b in zip(opened.kv(0).arrays(), convert(exact, opened.spec).arrays(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(stale.kv(0).k_GNd, exact.k_GNd), "who reads goes on with what was"
+    put(stale, "c", [b"four"])  # a writer that opened the context before it was narrowed
+    stale.refresh()
+    assert stale.spec == opened.spec and maintain.verify(folder).problems == []
+    files = list(folder.glob("*.kv"))
+    maintain.compact(folder, "int4")
+    assert len(list(folder.glob("*.kv"))) < len(files), "small segments are joined as ever"
+    with pytest.raises(ContextError, match=f"keeps K/V as int4, and {wide} would not bring back .* --kv {wide}"):
+        maintain.compact(folder, wide)
+    with pytest.raises(ContextError, match="not 'int5'"):
+        maintain.compact(folder, "int5")
+
+
+def test_an_empty_context_can_be_narrowed(tmp_path: Path) -> None:
+    Store.open(tmp_path / "ctx", spec())
+    maintain.compact(tmp_path / "ctx", "int4")
+    opened = Store.open(tmp_path / "ctx", spec(dtype="int4"))
+    put(opened, "a", [b"x"])
+    assert contents(Store.open(tmp_path / "ctx")) == {"a": [b"x"]}
 
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
@@ -229,6 +285,19 @@ def test_a_merge_takes_over_sources_chunks_and_omissions(tmp_path: Path) -> None
     assert {s.name: s.chunks for s in a.sources} == {"x": 2, "y": 2} and len(a.chunks) == 3
     assert a.skipped == [("p", "binary file")]
     assert maintain.merge(tmp_path / "a", tmp_path / "b") == 0
+    assert maintain.verify(tmp_path / "a").problems == []
+
+
+@pytest.mark.parametrize("formats", [("int8", "int4"), ("int4", "int8")])
+def test_a_merge_of_two_formats_names_what_to_narrow(tmp_path: Path, formats: tuple[str, str]) -> None:
+    for name, dtype in zip("ab", formats, strict=True):
+        put(Store.open(tmp_path / name, spec(dtype=dtype)), name, [name.encode()])
+    wide = tmp_path / "ab"[formats.index("int8")]
+    with pytest.raises(ContextError, match=f"run `herd context compact {wide} --kv int4` first"):
+        maintain.merge(tmp_path / "a", tmp_path / "b")
+    maintain.compact(wide, "int4")
+    assert maintain.merge(tmp_path / "a", tmp_path / "b") == 1
+    assert contents(Store.open(tmp_path / "a")) == {"a": [b"a"], "b": [b"b"]}
     assert maintain.verify(tmp_path / "a").problems == []
 
 

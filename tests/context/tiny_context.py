@@ -9,7 +9,7 @@ import torch
 
 from herd.config import TextConfig
 from herd.context.read import ReadReport, read
-from herd.context.segment import KV, pack
+from herd.context.segment import KV, convert, pack
 from herd.context.store import NewChunk, NewSource, Store, chunk_hash, spec_for
 from herd.model import Transformer
 
@@ -93,7 +93,8 @@ def put(store: Store, name: str, texts: list[bytes]) -> None:
         chunks = [new_chunk(text) for text in texts]
         fresh = {new.hash: (new, kv) for new, kv in chunks if new.hash not in writer.known}
         hashes = [new.hash for new, _ in chunks]
-        writer.commit(list(fresh.values()), [NewSource(name, name.encode(), "", hashes)])
+        kept = [(new, convert(kv, writer.spec)) for new, kv in fresh.values()]
+        writer.commit(kept, [NewSource(name, name.encode(), "", hashes)])
 
 
 def new_chunk(text: bytes) -> tuple[NewChunk, KV]:
@@ -111,7 +112,7 @@ def contents(store: Store) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for index, source in enumerate(store.source_of):
         ids = store.ids(index)
-        kv, made = store.kv(index), made_kv(ids)
+        kv, made = store.kv(index), convert(made_kv(ids), store.spec)
         for a, b in zip(kv.arrays(), made.arrays(), strict=True):
             assert torch.equal(a, b)
         found.setdefault(store.sources[source].name, []).append(bytes(ids))

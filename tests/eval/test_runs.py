@@ -47,6 +47,17 @@ def test_needle_writes_what_it_found(model: herd.Model, tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
+def test_contexts_in_four_bits_are_kept_apart(model: herd.Model, tmp_path: Path) -> None:
+    read = {}
+    for kv in ("int8", "int4"):
+        result = evaluation.run(
+            "needle", model, lengths=[2048], trials=2, workdir=tmp_path, progress=lambda note: None, kv=kv
+        )
+        read[result["command"]] = [(one["kv"], one["read_tokens"] > 0) for one in result["results"]]
+    command = "herd eval needle --length 2048 --trials 2 --seed 0"
+    assert read == {command: [("int8", True)], f"{command} --kv int4": [("int4", True)]}
+
+
 def test_lookup_measures_model_absent_and_baselines(model: herd.Model, tmp_path: Path) -> None:
     result = lookup.lookup(model, PACKAGES, 60_000, 4, tmp_path, lambda note: None, absent=5, base=model)
     assert result["questions"] == 4 and len(result["rows"]) == 4

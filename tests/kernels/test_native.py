@@ -12,7 +12,7 @@ from torch import Tensor
 from herd import kernels
 from herd.context.segment import KV
 from herd.errors import ConfigError
-from herd.kernels import native, quantize_kv, reference
+from herd.kernels import dequantize_kv, native, quantize_kv, reference
 
 library, level = native.load()
 pytestmark = pytest.mark.skipif(library is None, reason=level)
@@ -27,23 +27,41 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
     library.herd_use_level(level.encode())
 
 
-def part(k_GNd: Tensor, v_GNd: Tensor) -> KV:
-    (k, k_scale), (v, v_scale) = quantize_kv(k_GNd), quantize_kv(v_GNd)
+@pytest.fixture(params=[8, 4])
+def bits(request: pytest.FixtureRequest) -> int:
+    """Of a key or value."""
+    return request.param
+
+
+def part(k_GNd: Tensor, v_GNd: Tensor, bits: int) -> KV:
+    (k, k_scale), (v, v_scale) = quantize_kv(k_GNd, bits), quantize_kv(v_GNd, bits)
     return KV(k, v, k_scale, v_scale)
 
 
-def random_parts(counts: list[int], G: int = 2, d: int = 64, scale: float = 1.0, seed: int = 0) -> list[KV]:
-    generator = torch.Generator().manual_seed(seed)
-    return [part(*torch.randn(2, G, n, d, generator=generator).mul(scale)) for n in counts]
+def random_parts(counts: list[int], bits: int = 8, G: int = 2, d: int = 64, scale: float = 1.0) -> list[KV]:
+    generator = torch.Generator().manual_seed(0)
+    return [part(*torch.randn(2, G, n, d, generator=generator).mul(scale), bits) for n in counts]
+
+
+def plain(part: KV) -> tuple[Tensor, Tensor]:
+    """Keys and values [G, N, d] in float32."""
+    return tuple(
+        dequantize_kv(q, scale, torch.float32)
+        for q, scale in ((part.k_GNd, part.k_scale_GN), (part.v_GNd, part.v_scale_GN))
+    )
+
+
+def largest_value(parts: list[KV]) -> float:
+    return max(float(plain(p)[1].abs().max()) for p in parts)
 
 
 def compare(q_GRd: Tensor, parts: list[KV], missed: float = 1e-3) -> None:
     """Native equals the reference but for what it says that it left out."""
     assert native.takes(q_GRd, parts)
     ours, exact = native.attend_parts(q_GRd, parts, missed), reference.attend_parts(q_GRd, parts, 0.0)
-    longest = max(float((p.k_GNd.float().norm(dim=-1) * p.k_scale_GN).max()) for p in parts)
+    longest = max(float(plain(p)[0].norm(dim=-1).max()) for p in parts)
     error = 2e-5 * float(q_GRd.float().norm(dim=-1).max()) * longest + 1e-5
-    value = max(float(p.v_GNd.abs().max() * p.v_scale_GN.max()) for p in parts)
+    value = largest_value(parts)
     assert float(ours.left_out_GR.max()) <= missed
     torch.testing.assert_close(ours.lse_GR, exact.lse_GR, rtol=1e-5, atol=error)
     torch.testing.assert_close(ours.lse_KGR, exact.lse_KGR, rtol=1e-5, atol=error)
@@ -55,16 +73,42 @@ def compare(q_GRd: Tensor, parts: list[KV], missed: float = 1e-3) -> None:
 @given(
     st.lists(st.integers(1, 700), min_size=1, max_size=4),
     st.sampled_from([1, 3, 20]),
-    st.sampled_from([64, 128, 256]),
+    st.sampled_from([64, 128, 192, 256]),
     st.sampled_from([0.0, 0.1, 1.0, 4.0]),
+    st.sampled_from([8, 4]),
 )
-def test_attention_of_any_size(counts: list[int], rows: int, d: int, scale: float) -> None:
+def test_attention_of_any_size(counts: list[int], rows: int, d: int, scale: float, bits: int) -> None:
     q_GRd = torch.randn(2, rows, d, generator=torch.Generator().manual_seed(1)) * scale / math.sqrt(d)
-    compare(q_GRd, random_parts(counts, d=d, scale=2.0))
+    compare(q_GRd, random_parts(counts, bits, d=d, scale=2.0))
 
 
-def test_parts_of_a_longer_array() -> None:
-    (whole,) = random_parts([1000], G=3)
+def test_parts_of_both_formats() -> None:
+    compare(torch.randn(2, 3, 64) / 4, [*random_parts([300, 7], 8), *random_parts([77, 1], 4)])
+
+
+def test_an_empty_part_counts_nothing(bits: int) -> None:
+    (part,), q_GRd = random_parts([30], bits), torch.randn(2, 3, 64)
+    alone, beside = (native.attend_parts(q_GRd, parts, 1e-3) for parts in ([part], [part.part(5, 5), part]))
+    torch.testing.assert_close(beside.out_GRd, alone.out_GRd)
+    torch.testing.assert_close(beside.lse_GR, alone.lse_GR)
+    assert (beside.lse_KGR[0] - beside.lse_GR).exp().max() == 0
+
+
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+def test_every_code_at_every_place(d: int, bits: int) -> None:
+    """One dimension of the query at a time, and keys that hold all codes there: logits are codes times scales."""
+    codes = range(-127, 128) if bits == 8 else range(-8, 8)
+    q_GNd = torch.tensor(codes)[None, :, None].expand(1, -1, d).to(torch.int8)
+    q_GNd = reference.pack_nibbles(q_GNd) if bits == 4 else q_GNd.contiguous()
+    ones = torch.ones(1, len(codes)).half()
+    found = native.attend_parts(torch.eye(d)[None], [KV(q_GNd, q_GNd, ones, -ones)], 1e-7)
+    weights_N = torch.tensor(codes).float().softmax(0)
+    expected = -(weights_N * torch.tensor(codes)).sum()
+    torch.testing.assert_close(found.out_GRd, expected.expand(1, d, d), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_a_longer_array(bits: int) -> None:
+    (whole,) = random_parts([1000], bits, G=3)
     views = [
         KV(whole.k_GNd[:, a:b], whole.v_GNd[:, a:b], whole.k_scale_GN[:, a:b], whole.v_scale_GN[:, a:b])
         for a, b in ((0, 17), (500, 999), (999, 1000))
@@ -73,7 +117,7 @@ def test_parts_of_a_longer_array() -> None:
 
 
 @pytest.mark.parametrize("missed", [1e-6, 1e-3, 0.1])
-def test_what_is_left_out_is_never_more_than_allowed(missed: float) -> None:
+def test_what_is_left_out_is_never_more_than_allowed(missed: float, bits: int) -> None:
     """Keys all alike; one that takes everything, at the end; a ladder; many far ones that add up."""
     for kind in ("alike", "last", "ladder", "crowd"):
         key = torch.randn(64, generator=torch.Generator().manual_seed(2))
@@ -84,22 +128,35 @@ def test_what_is_left_out_is_never_more_than_allowed(missed: float) -> None:
             "crowd": torch.cat([torch.full((10,), 9.0), torch.zeros(3990)]),
         }[kind]
         k_GNd = (height / key.pow(2).sum())[None, :, None] * key
-        parts = [part(keys_GNd, torch.randn(keys_GNd.shape)) for keys_GNd in k_GNd.split(900, 1)]
+        parts = [part(keys_GNd, torch.randn(keys_GNd.shape), bits) for keys_GNd in k_GNd.split(900, 1)]
         compare(key.expand(1, 2, -1), parts, missed)
 
 
-def test_values_that_do_not_matter_are_not_read() -> None:
-    parts = random_parts([512], G=1)
-    needed = parts[0].k_GNd[:, 100].float() * parts[0].k_scale_GN[:, 100].float()
-    q_GRd = needed[:, None] * 2
+@pytest.mark.parametrize("missed", [1e-4, 1e-3])
+def test_nearly_uniform_keys_leave_out_what_they_say(missed: float, bits: int) -> None:
+    """Shares all near missed / tokens, some above and some below: against the sum over what was not read."""
+    generator = torch.Generator().manual_seed(3)
+    k_GNd = torch.ones(1, 3000, 64) + torch.randn(1, 3000, 64, generator=generator) * 0.3
+    k_GNd[:, ::1000] *= 1 - math.log(missed) / 64
+    parts = [part(keys_GNd, torch.ones(keys_GNd.shape), bits) for keys_GNd in k_GNd.split(1100, 1)]
+    q_GRd = torch.ones(1, 1, 64)
+    found = native.attend_parts(q_GRd, parts, missed)
+    read = float(found.out_GRd.mean()) / float(reference.attend_parts(q_GRd, parts, 0.0).out_GRd.mean())
+    assert 0 < float(found.left_out_GR) <= missed
+    assert read == pytest.approx(1 - float(found.left_out_GR), abs=1e-5)
+
+
+def test_values_that_do_not_matter_are_not_read(bits: int) -> None:
+    parts = random_parts([512], bits, G=1)
+    q_GRd = plain(parts[0])[0][:, 100:101] * 2
     before = native.attend_parts(q_GRd, parts, 1e-3)
     parts[0].v_GNd[:, :100], parts[0].v_GNd[:, 101:] = 0, 0
     assert torch.equal(native.attend_parts(q_GRd, parts, 1e-3).out_GRd, before.out_GRd)
     assert 0 < float(before.left_out_GR) < 1e-3
 
 
-def test_tokens_elsewhere_count_in_what_may_be_left_out() -> None:
-    parts = random_parts([700, 300], scale=2.0)
+def test_tokens_elsewhere_count_in_what_may_be_left_out(bits: int) -> None:
+    parts = random_parts([700, 300], bits, scale=2.0)
     q_GRd = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) / 8
     exact = reference.attend_parts(q_GRd, parts, 0.0)
     alone = native.attend_parts(q_GRd, parts, 1e-3)
@@ -109,14 +166,15 @@ def test_tokens_elsewhere_count_in_what_may_be_left_out() -> None:
         torch.testing.assert_close(found.lse_GR, alone.lse_GR)
         share_GR = 1 / (1 + math.exp(more))
         off_GR = (found.out_GRd - exact.out_GRd).abs().amax(-1) * share_GR
-        value = max(float(p.v_GNd.abs().max() * p.v_scale_GN.max()) for p in parts)
+        value = largest_value(parts)
         assert float(found.left_out_GR.max()) <= 1e-3
         assert (off_GR <= value * (found.left_out_GR + 1e-4)).all()
     assert not found.out_GRd.any(), "nothing here matters, so no value was read"
 
 
-def test_extreme_numbers() -> None:
-    parts = random_parts([40], scale=300.0)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 300.0])
+def test_extreme_numbers(scale: float, bits: int) -> None:
+    parts = random_parts([40], bits, scale=scale)
     for q_GRd in (torch.zeros(2, 1, 64), torch.full((2, 1, 64), 1e4), -torch.full((2, 1, 64), 1e4)):
         found = native.attend_parts(q_GRd, parts, 1e-3)
         assert all(x.isfinite().all() for x in vars(found).values())

@@ -1,5 +1,5 @@
-// Attention of some queries over int8 keys and values, as a context keeps them: one pass over the keys; a value is read
-// only where it can matter.
+// Attention of some queries over keys and values in 8 or 4 bits, as a context keeps them: one pass over the keys; a value
+// is read only where it can matter. BITS: of a key or value.
 //
 // A token is left out if its share of the softmax is below `missed / tokens`, whatever is still to come: shares only
 // shrink. So all that is left out stays below `missed`, and how much it was is known, because every logit is.
@@ -26,11 +26,10 @@ float from_half(uint16_t h) {  // finite numbers; without branches, so that the 
 
 struct Queries {
   int64_t R, d;
-  Buffer<int8_t> high, low;     // [R, d]
-  Buffer<float> scale;          // [R], of high
-  Buffer<int32_t> high_excess;  // [R], 128 times the sum of a row
-  Buffer<int32_t> low_excess;
-  Queries(int64_t R, int64_t d) : R(R), d(d), high(R * d), low(R * d), scale(R), high_excess(R), low_excess(R) {}
+  Buffer<int8_t> high, low;           // [R, d]
+  Buffer<float> scale;                // [R], of high
+  Buffer<int32_t> high_sum, low_sum;  // [R], of a row
+  Queries(int64_t R, int64_t d) : R(R), d(d), high(R * d), low(R * d), scale(R), high_sum(R), low_sum(R) {}
 };
 
 void split(const float* q, Queries& to) {
@@ -47,44 +46,55 @@ void split(const float* q, Queries& to) {
       low_sum += (int32_t)low;
     }
     to.scale.at[r] = most / 127;
-    to.high_excess.at[r] = 128 * high_sum;
-    to.low_excess.at[r] = 128 * low_sum;
+    to.high_sum.at[r] = high_sum;
+    to.low_sum.at[r] = low_sum;
+  }
+}
+
+// Adds the products of four dimensions, from i on, of 16 tokens and ROWS queries from r on.
+template <int ROWS>
+inline void add_products(const Queries& q, int64_t r, int64_t i, Bytes column, Int16* high, Int16* low) {
+  for (int j = 0; j < ROWS; j++) {
+    int32_t high4, low4;
+    std::memcpy(&high4, q.high.at + (r + j) * q.d + i, 4);
+    std::memcpy(&low4, q.low.at + (r + j) * q.d + i, 4);
+    high[j] = dot(high[j], column, high4);
+    low[j] = dot(low[j], column, low4);
   }
 }
 
 // Logits of 16 tokens and ROWS queries from r on: several at once, because each sum waits for its last step.
-template <int ROWS>
+template <int BITS, int ROWS>
 void some_logits(const Queries& q, int64_t r, const uint8_t* columns, Float16 scale, float* to) {
+  constexpr int32_t ADDED = BITS == 8 ? 128 : 8;  // to every key
   Int16 high[ROWS], low[ROWS];
   for (int j = 0; j < ROWS; j++) high[j] = low[j] = zero_int();
-  for (int64_t i = 0; i < q.d / 4; i++) {
-    const Bytes column = load_bytes(columns + 64 * i);
-    for (int j = 0; j < ROWS; j++) {
-      int32_t high4, low4;
-      std::memcpy(&high4, q.high.at + (r + j) * q.d + 4 * i, 4);
-      std::memcpy(&low4, q.low.at + (r + j) * q.d + 4 * i, 4);
-      high[j] = dot(high[j], column, high4);
-      low[j] = dot(low[j], column, low4);
-    }
+  const int64_t row = q.d * BITS / 8;
+  for (int64_t i = 0; i < row; i += 4) {
+    const Bytes column = load_bytes(columns + 16 * i);
+    add_products<ROWS>(q, r, i, BITS == 8 ? column : low_nibbles(column), high, low);
+    if (BITS == 4) add_products<ROWS>(q, r, row + i, high_nibbles(column), high, low);
   }
   for (int j = 0; j < ROWS; j++) {
     const float q_scale = q.scale.at[r + j];
-    const Float16 coarse = multiply(times(to_float(subtract(high[j], q.high_excess.at[r + j])), q_scale), scale);
-    const Float16 fine = times(to_float(subtract(low[j], q.low_excess.at[r + j])), q_scale / 254);
-    store(to + j * PIECE, fma(fine, scale, coarse));
+    const Float16 coarse = times(to_float(subtract(high[j], ADDED * q.high_sum.at[r + j])), q_scale);
+    const Float16 fine = times(to_float(subtract(low[j], ADDED * q.low_sum.at[r + j])), q_scale / 254);
+    store(to + j * PIECE, fma(fine, scale, multiply(coarse, scale)));
   }
 }
 
-// Logits of 16 tokens and R queries from `first` on: keys are transposed to four dimensions of 16 tokens at a time.
+// Logits of 16 tokens and R queries from `first` on: keys are transposed to four bytes of 16 tokens at a time.
 // to [R, PIECE].
-void logits16(const Queries& q, int64_t first, int64_t R, const int8_t* keys, const float* key_scale, float* to) {
+template <int BITS>
+void logits16(const Queries& q, int64_t first, int64_t R, const uint8_t* keys, const float* key_scale, float* to) {
   const Float16 scale = load(key_scale);
+  const int64_t row = q.d * BITS / 8;
   alignas(64) uint8_t columns[256 * 64];
-  for (int64_t i = 0; i < 16 * q.d; i += 64) __builtin_prefetch(keys + 128 * q.d + i);
-  transpose_keys(keys, q.d, columns);
+  for (int64_t i = 0; i < 16 * row; i += 64) __builtin_prefetch(keys + 128 * row + i);
+  transpose_keys(keys, row, BITS == 8 ? 128 : 0, columns);
   int64_t r = 0;
-  for (; r + 3 <= R; r += 3) some_logits<3>(q, first + r, columns, scale, to + r * PIECE);
-  for (; r < R; r++) some_logits<1>(q, first + r, columns, scale, to + r * PIECE);
+  for (; r + 3 <= R; r += 3) some_logits<BITS, 3>(q, first + r, columns, scale, to + r * PIECE);
+  for (; r < R; r++) some_logits<BITS, 1>(q, first + r, columns, scale, to + r * PIECE);
 }
 
 // Running softmax of every query: the largest logit, the sum of weights relative to it, the sum of values.
@@ -142,8 +152,20 @@ int64_t weights(State& state, float* logits, int64_t count, float log_cut, const
   return need;
 }
 
+// out [d] += factor times one token's value.
+template <int BITS>
+inline void add_value(float* __restrict out, float factor, const uint8_t* __restrict value, int64_t d) {
+  if (BITS == 8) {
+    for (int64_t j = 0; j < d; j++) out[j] += factor * (float)(int8_t)value[j];
+  } else {
+    for (int64_t j = 0; j < d / 2; j++) out[j] += factor * (float)((value[j] & 15) - 8);
+    for (int64_t j = 0; j < d / 2; j++) out[d / 2 + j] += factor * (float)((value[j] >> 4) - 8);
+  }
+}
+
+template <int BITS>
 void add_values(State& state, const float* weight, const float* cut, const int64_t* needing, int64_t need,
-                const int8_t* values, const uint16_t* scale, int64_t count) {
+                const uint8_t* values, const uint16_t* scale, int64_t count) {
   const int64_t d = state.d;
   for (int64_t i = 0; i < need; i++) {
     const int64_t r = needing[i];
@@ -159,33 +181,34 @@ void add_values(State& state, const float* weight, const float* cut, const int64
           state.left_out.at[r] += w;
           continue;
         }
-        const float factor = w * from_half(scale[n]);
-        for (int64_t j = 0; j < d; j++) state.out.at[r * d + j] += factor * (float)values[n * d + j];
+        add_value<BITS>(state.out.at + r * d, w * from_half(scale[n]), values + n * d * BITS / 8, d);
       }
     }
   }
 }
 
 // before: for each query from `first` on, the log of a sum of weights that are not of this part.
+template <int BITS>
 void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, const float* before, State& state,
               float* logits, float* cut, int64_t* needing) {
   alignas(64) float key_scale[PIECE];
-  alignas(64) int8_t last[16 * 256];
+  alignas(64) uint8_t last[16 * 256];
+  const int64_t row = q.d * BITS / 8;
   for (int64_t n = 0; n < t.count; n += PIECE) {
     const int64_t count = least(PIECE, t.count - n);
     for (int64_t i = 0; i < count; i++) key_scale[i] = from_half(t.key_scale[n + i]);
     for (int64_t i = count; i < PIECE; i++) key_scale[i] = 0;
     for (int64_t i = 0; i < count; i += 16) {
-      const int8_t* keys = t.keys + (n + i) * q.d;
+      const uint8_t* keys = t.keys + (n + i) * row;
       if (count - i < 16) {  // do not read past the end
         std::memset(last, 0, sizeof last);
-        std::memcpy(last, keys, (count - i) * q.d);
+        std::memcpy(last, keys, (count - i) * row);
         keys = last;
       }
-      logits16(q, first, state.R, keys, key_scale + i, logits + i);
+      logits16<BITS>(q, first, state.R, keys, key_scale + i, logits + i);
     }
     const int64_t need = weights(state, logits, count, log_cut, before, cut, needing);
-    add_values(state, logits, cut, needing, need, t.values + n * q.d, t.value_scale + n, count);
+    add_values<BITS>(state, logits, cut, needing, need, t.values + n * row, t.value_scale + n, count);
   }
 }
 
@@ -210,7 +233,8 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
       part.clear();
 #pragma omp critical(known)
       for (int64_t r = 0; r < R; r++) before.at[r] = log_add(known.at[first + r], elsewhere[first + r]);
-      one_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
+      const auto attend_part = tokens[item].bits == 8 ? one_part<8> : one_part<4>;
+      attend_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
       for (int64_t r = 0; r < R; r++) part_lse[item * R + r] = part.log_sum(r);
       mine.add(part, first);
 #pragma omp critical(known)

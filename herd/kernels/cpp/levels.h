@@ -26,11 +26,13 @@ inline int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 using Linear = void (*)(const Weight&, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride, Type,
                         int64_t threads);
 
-// Keys and values [count, d] of one head, int8 with float16 scales.
+// Keys and values [count, d] of one head with float16 scales: int8, or 4 bits with 8 added, of which byte i of a token
+// holds number i in its low half and number i + d / 2 in its high half.
 struct Tokens {
-  const int8_t *keys, *values;
+  const uint8_t *keys, *values;
   const uint16_t *key_scale, *value_scale;
   int64_t count;
+  int32_t bits;
 };
 
 // Attention of q [G, R, d], already scaled, over tokens [K, G]; d is a multiple of 64, at most 256. Results are

@@ -239,42 +239,50 @@ inline float largest(const float* x, int64_t count) {
   return lanes[0];
 }
 
-// Keys of 16 tokens [16, d] as bytes of weights: four dimensions of all 16 tokens, then the next four; 128 added.
+// Keys of 16 tokens, `row` bytes each, as bytes of weights: four bytes of all 16 tokens, then the next four, each with
+// the bits of `flip` flipped. row is a multiple of 32.
 #if defined(__AVX512VNNI__)
-inline void transpose_keys(const int8_t* keys, int64_t d, uint8_t* to) {
-  const __m512i flip = _mm512_set1_epi8((char)128);
-  for (int64_t from = 0; from < d; from += 64) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + i * d + from), flip);
-    for (int i = 0; i < 16; i += 2) {  // pairs of tokens
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {  // fours
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {  // eights, then all
-      const __m512i even_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-      const __m512i even_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-      const __m512i odd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-      b[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-      b[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-      b[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-      b[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (from / 4 + i) * 64, b[i]);
+// COLUMNS of these, from 4 * COLUMNS bytes of each token.
+template <int COLUMNS>
+inline void transpose_columns(const uint8_t* keys, int64_t row, __m512i flip, uint8_t* to) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++)
+    a[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi32((__mmask16)((1 << COLUMNS) - 1), keys + i * row), flip);
+  for (int i = 0; i < 16; i += 2) {  // pairs of tokens
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
+  for (int i = 0; i < 16; i += 4) {  // fours
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // eights, then all
+    const __m512i even_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    b[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    b[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    b[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+  for (int i = 0; i < COLUMNS; i++) _mm512_storeu_si512(to + i * 64, b[i]);
+}
+inline void transpose_keys(const uint8_t* keys, int64_t row, uint8_t flip, uint8_t* to) {
+  const __m512i all = _mm512_set1_epi8((char)flip);
+  int64_t from = 0;
+  for (; from + 64 <= row; from += 64) transpose_columns<16>(keys + from, row, all, to + from * 16);
+  if (from < row) transpose_columns<8>(keys + from, row, all, to + from * 16);
 }
 #else
-inline void transpose_keys(const int8_t* keys, int64_t d, uint8_t* to) {
-  for (int64_t i = 0; i < d / 4; i++)
+inline void transpose_keys(const uint8_t* keys, int64_t row, uint8_t flip, uint8_t* to) {
+  const uint32_t all = flip * 0x01010101u;
+  for (int64_t i = 0; i < row / 4; i++)
     for (int64_t n = 0; n < 16; n++) {
       uint32_t four;
-      std::memcpy(&four, keys + n * d + 4 * i, 4);
-      four ^= 0x80808080u;
+      std::memcpy(&four, keys + n * row + 4 * i, 4);
+      four ^= all;
       std::memcpy(to + (i * 16 + n) * 4, &four, 4);
     }
 }
