@@ -88,8 +88,8 @@ def take(model: nn.Module, delta: Path, *, low_rank: bool) -> None:
         for name in sorted(name for name in changes.names if (_target(name) != name) == low_rank):
             parameter = parameters.get(name.replace(".weight.lora_", ".lora_"))
             if parameter is None or parameter.shape != changes.shape(name):
-                found = None if parameter is None else list(parameter.shape)
-                raise CheckpointError(f"{delta}: {name} of shape {list(changes.shape(name))} does not fit {found}")
+                found = "has none of this name" if parameter is None else f"has {list(parameter.shape)}"
+                raise CheckpointError(f"{delta}: {name} {list(changes.shape(name))} does not fit; the model {found}")
             parameter.copy_(changes.tensor(name))
 
 
