@@ -1,5 +1,6 @@
 """Text to token ids and back: tokenizer and chat format."""
 
+from herd.prompt.stop import StopText
 from herd.prompt.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["StopText", "StreamDecoder", "Tokenizer"]
