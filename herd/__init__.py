@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from herd.errors import CheckpointError, ConfigError, ContextError, HerdError, PromptError, SourceError
 
 if TYPE_CHECKING:
-    from herd.api import Answer, Citation, Context, Model, ReadReport, Sampler, load
+    from herd.api import Answer, Citation, Context, Generated, Model, ReadReport, Sampler, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "Context",
     "ContextError",
+    "Generated",
     "HerdError",
     "Model",
     "PromptError",

@@ -12,21 +12,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from herd import checkpoint, engine
+from herd import checkpoint
 from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
-from herd.context.cache import ContextCache
+from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
-from herd.engine import Sampler
+from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
 from herd.errors import ContextError
-from herd.model import Transformer
+from herd.model import KVRow, Transformer
 from herd.model.quantized import quantize
-from herd.prompt import Tokenizer
+from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
 
 OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model went on with. ids and text are without the end token, text also without the stop string and what
+    came after it; tokens are all that were chosen, with their logprobs if the sampler asks for them.
+
+    finish: "stop" at an end token or stop string, "length" after max_tokens.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish: Finish
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +56,43 @@ class Model:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each token of one sequence, float32 [T, V]. PromptError for no ids or one out of range."""
-        engine.check_prompts(self.config, [ids])
+        check_prompt(self.config, ids)
         return self.transformer(torch.tensor([list(ids)]))[0]
 
     def generate(
-        self, ids: Sequence[int], *, max_tokens: int, sampler: Sampler | None = None, on_text: OnText | None = None
-    ) -> list[int]:
-        """Token ids that follow `ids`, up to and without the end token. sampler None: greedy.
+        self,
+        ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampler: Sampler | None = None,
+        stop: str | Sequence[str] = (),
+        on_text: OnText | None = None,
+    ) -> Generated:
+        """Go on from token ids until an end token, the first of the `stop` strings, or for max_tokens.
 
-        on_text is called with each new piece of text. PromptError if prompt and answer do not fit the model.
+        sampler None: greedy. on_text is called with each new piece of text, none of which is taken back: what could be
+        the start of a stop string is held back. PromptError if prompt and answer do not fit the model.
         """
-        text = self.tokenizer.stream()
-        new: list[int] = []
-        ends = self.tokenizer.eos_ids
-        for token in engine.stream(self.transformer, [ids], max_tokens=max_tokens, eos_ids=ends, sampler=sampler):
+        text, stops, pieces = self.tokenizer.stream(), StopText(stop), list[str]()
+        tokens, ends = list[Token](), self.tokenizer.eos_ids
+
+        def say(piece: str) -> None:
+            pieces.append(piece)
+            if on_text is not None:
+                on_text(piece)
+
+        engine = Engine(self.transformer)
+        request = engine.submit(Request(ids, max_tokens, sampler or Sampler(), ends))
+        for token in stream(engine):
+            tokens.append(token)
             if token.id not in ends:
-                new.append(token.id)
-                if on_text is not None:
-                    on_text(text.push(token.id))
-        if on_text is not None:
-            on_text(text.finish())
-        return new
+                say(stops.push(text.push(token.id)))
+            if stops.found:
+                engine.cancel(request)
+        say(stops.push(text.finish()) + stops.finish())
+        finish = "stop" if stops.found else tokens[-1].finish
+        assert finish is not None, "only a stop string ends a request early"
+        return Generated("".join(pieces), tuple(t.id for t in tokens if t.id not in ends), finish, tuple(tokens))
 
 
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
@@ -190,26 +220,24 @@ class Context:
                 raise ContextError(f"{context.folder} was read by another model than {self.folder}; ask them apart")
         if len({context.folder.resolve() for context in contexts}) < len(contexts):
             raise ContextError("the same context is named twice; name each once")
-        tokenizer = self._model.tokenizer
-        cache = ContextCache([context._store for context in contexts], self._model.config, len(questions))
-        text = tokenizer.stream()
-        rows: list[list[int]] = [[] for _ in questions]
-        stream = engine.stream(
-            self._model.transformer,
-            [ask_prompt(tokenizer, question) for question in questions],
-            max_tokens=max_tokens,
-            cache=cache,
-            eos_ids=tokenizer.eos_ids,
-            start_position=cache.start_position,
-        )
-        for token in stream:
+        model, tokenizer = self._model, self._model.tokenizer
+        dtype = model.transformer.model.embed_tokens.weight.dtype
+        cache = ContextCache([context._store for context in contexts], model.config, dtype)
+        engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
+        for question in questions:
+            engine.submit(Request(ask_prompt(tokenizer, question), max_tokens, eos_ids=tokenizer.eos_ids))
+        rows = [engine.row(request) for request in range(len(questions))]
+        text, ids = tokenizer.stream(), [list[int]() for _ in questions]
+        for token in stream(engine):
             if token.id not in tokenizer.eos_ids:
-                rows[token.row].append(token.id)
+                ids[token.request].append(token.id)
                 if on_text is not None:
                     on_text(text.push(token.id))
         if on_text is not None:
             on_text(text.finish())
-        return [
-            Answer(tokenizer.decode(ids), tuple(cite(cache, row, tokenizer)), tuple(ids), float(cache.missed_B[row]))
-            for row, ids in enumerate(rows)
-        ]
+        return [self._answer(its, row) for its, row in zip(ids, rows, strict=True)]
+
+    def _answer(self, ids: list[int], row: KVRow) -> Answer:
+        assert isinstance(row, ContextRow)
+        tokenizer = self._model.tokenizer
+        return Answer(tokenizer.decode(ids), tuple(cite(row, tokenizer)), tuple(ids), row.missed)

@@ -7,15 +7,16 @@ key/value head, K runs of chunks of the context, n tokens of a chunk.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.context.scan import runs, scan
+from herd.context.scan import Run, runs, scan
 from herd.context.store import Store
 from herd.kernels import Attention, dequantize_kv, merge_partials
-from herd.model import KVCache
+from herd.model.cache import KVRow, KVRows
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,86 @@ class _Look:
     lse_GR: Tensor
 
 
-class ContextCache:
-    """Global attention sees all contexts and the sequence's own tokens; local attention its own chunk.
+class ContextRow(KVRow):
+    """One question and its answer: their own keys and values, and what they looked at in the context.
 
-    Several contexts count as one that holds all their chunks. They are shared by all sequences of the batch: one pass
-    over them serves all. Positions of the questions start at `start_position`. What the tokens from which a token is
-    chosen (the last real one of each sequence and forward pass) looked at can be asked for afterwards: `chunk_mass`,
-    `token_mass`.
+    What counts are the looks of the tokens from which a token is chosen: the last one of the prompt and those of the
+    answer, in whatever pieces they came. They are kept after `close`.
     """
 
-    def __init__(self, stores: Sequence[Store], cfg: TextConfig, batch: int) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: TextConfig, tokens: int, dtype: torch.dtype, runs: list[Run], asks: int) -> None:
+        """asks: position of the last token of the prompt."""
+        super().__init__(cfg, tokens, dtype)
+        self._runs, self._asks = runs, asks
+        # Attention mass per run is kept; looks are few, so a closer one is computed when asked for.
+        self._mass_K = torch.zeros(len(runs))
+        self._missed = 0.0
+        self._looks: list[_Look] = []
+
+    def record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, tokens: int, position: int) -> None:
+        """Note what `tokens` tokens saw, the first at `position`: q, log-denominators and results of a scan of them."""
+        self._missed = max(self._missed, float(found.left_out_GR.max()))
+        if position + tokens - 1 < self._asks:
+            return
+        last = slice(-q_GRd.shape[1] // tokens, None)
+        self._mass_K += torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2))
+        self._looks.append(_Look(q_GRd[:, last].float(), total_GR[:, last]))
+
+    @property
+    def mass(self) -> float:
+        """Attention that all of the context received, summed over the looks, averaged over heads."""
+        return float(self._mass_K.sum())
+
+    @property
+    def missed(self) -> float:
+        """The most of any token's attention whose values were left out."""
+        return self._missed
+
+    def chunk_mass(self, at_least: float) -> dict[tuple[Store, int], float]:
+        """Attention of each live chunk of the runs that received at least this much; the heaviest run always."""
+        mass_K = self._mass_K
+        chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
+        places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
+        return {place: float(self.token_mass(*place).sum()) for place in places}
+
+    def token_mass(self, store: Store, chunk: int) -> Tensor:
+        """Attention that each token of a live chunk received, [n]."""
+        kv = store.kv(chunk)
+        k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
+        q_GRd = torch.cat([look.q_GRd for look in self._looks], 1)
+        lse_GR = torch.cat([look.lse_GR for look in self._looks], 1)
+        mass_GRn = torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1))
+        return mass_GRn.sum((0, 1)) / self.cfg.num_attention_heads
+
+
+class ContextCache:
+    """Sequences that see contexts: global attention sees all of them and its own tokens, local its own chunk.
+
+    Several contexts count as one that holds all their chunks. They are shared by all sequences of a batch: one pass
+    over them serves all.
+    """
+
+    def __init__(self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.cfg, self.dtype = cfg, dtype
         self.start_position = sum(store.end_position for store in stores)
-        self._own = KVCache(cfg)
         self._runs = [run for store in stores for run in runs(store)]
-        # Attention mass per sequence and run is kept; queries are few, so a closer look is computed when asked for.
-        self._mass_BK = torch.zeros(batch, len(self._runs))
-        self._missed_B = torch.zeros(batch)
-        self._looks: list[list[_Look]] = [[] for _ in range(batch)]
+
+    def open(self, tokens: int, prompt: int = 1) -> ContextRow:
+        """See `herd.model.Memory`."""
+        return ContextRow(self.cfg, tokens, self.dtype, self._runs, self.start_position + prompt - 1)
+
+    def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> "ContextRows":
+        """See `herd.model.Memory`. The rows are of this cache."""
+        return ContextRows(self.cfg, self._runs, cast(Sequence[ContextRow], rows), counts)
+
+
+class ContextRows:
+    """The cache of forward passes over some sequences that see the same contexts, see `KVRows`."""
+
+    def __init__(
+        self, cfg: TextConfig, runs: list[Run], rows: Sequence[ContextRow], counts: Sequence[int] | None
+    ) -> None:
+        self.cfg, self._runs, self._rows, self._own = cfg, runs, rows, KVRows(rows, counts)
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
         """See herd.model.cache.Cache."""
@@ -57,46 +120,20 @@ class ContextCache:
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd
-        self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT.cpu())
+        self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
         return own_BTHd.to(q_BTHd.dtype)
 
     def _record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
-        real_BT = positions_BT >= 0
-        group = q_GRd.shape[1] // int(real_BT.sum())
-        ends_B = real_BT.sum(1).cumsum(0)  # tokens are counted sequence after sequence
-        for row in real_BT.any(1).nonzero().flatten().tolist():
-            end = int(ends_B[row])
-            mine = slice((end - 1) * group, end * group)
-            all_of_it = slice((end - int(real_BT[row].sum())) * group, end * group)
-            self._mass_BK[row] += torch.exp(found.lse_KGR[:, :, mine] - total_GR[:, mine]).mean((1, 2))
-            self._missed_B[row] = self._missed_B[row].maximum(found.left_out_GR[:, all_of_it].max())
-            self._looks[row].append(_Look(q_GRd[:, mine].float(), total_GR[:, mine]))
-
-    @property
-    def mass_B(self) -> Tensor:
-        """Attention that all of the context received, summed over the looks of each sequence, averaged over heads."""
-        return self._mass_BK.sum(1)
-
-    @property
-    def missed_B(self) -> Tensor:
-        """The most of any query's attention whose values were left out, for each sequence."""
-        return self._missed_B
-
-    def chunk_mass(self, row: int, at_least: float) -> dict[tuple[Store, int], float]:
-        """Attention of each live chunk of the runs that received at least this much; the heaviest block always."""
-        mass_K = self._mass_BK[row]
-        chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
-        places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
-        return {place: float(self.token_mass(row, *place).sum()) for place in places}
-
-    def token_mass(self, row: int, store: Store, chunk: int) -> Tensor:
-        """Attention that each token of a live chunk received."""
-        kv = store.kv(chunk)
-        k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
-        q_GRd = torch.cat([look.q_GRd for look in self._looks[row]], 1)
-        lse_GR = torch.cat([look.lse_GR for look in self._looks[row]], 1)
-        mass_GRn = torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1))
-        return mass_GRn.sum((0, 1)) / self.cfg.num_attention_heads
+        spans = self._own.spans(positions_BT)
+        counts = [span.stop - span.start for span, _ in spans]
+        group, at = q_GRd.shape[1] // sum(counts), 0  # tokens are counted sequence after sequence
+        for row, count, (_, position) in zip(self._rows, counts, spans, strict=True):
+            mine = slice(at * group, (at + count) * group)
+            at += count
+            if count:
+                its = (found.out_GRd[:, mine], found.lse_GR[:, mine], found.lse_KGR[:, :, mine])
+                part = Attention(*its, found.left_out_GR[:, mine])
+                row.record(q_GRd[:, mine], total_GR[:, mine], part, count, position)
 
 
 def _by_head(x_NH: Tensor, G: int) -> Tensor:

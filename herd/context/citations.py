@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from herd.context.cache import ContextCache
+from herd.context.cache import ContextRow
 from herd.context.manifest import ChunkRow
 
 MAX_CITATIONS = 5
@@ -31,12 +31,12 @@ class Citation:
     context: Path
 
 
-def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
-    """Citations of sequence `row` of the batch, heaviest first: those of at least MIN_WEIGHT, or the heaviest one."""
-    total = float(cache.mass_B[row])
-    masses = cache.chunk_mass(row, MIN_WEIGHT * total)
+def cite(row: ContextRow, tokenizer: Decoder) -> list[Citation]:
+    """Citations of one sequence, heaviest first: those of at least MIN_WEIGHT, or the heaviest one."""
+    total = row.mass
     if total <= 0:
         return []
+    masses = row.chunk_mass(MIN_WEIGHT * total)
     heaviest = sorted(masses.items(), key=lambda item: -item[1])[:MAX_CITATIONS]
     found = []
     for rank, ((store, chunk), mass) in enumerate(heaviest):
@@ -44,7 +44,7 @@ def cite(cache: ContextCache, row: int, tokenizer: Decoder) -> list[Citation]:
         if rank and weight < MIN_WEIGHT:
             break
         place = store.chunks[chunk]
-        lines = _narrow(_lines(store.ids(chunk), place.first_line, tokenizer), cache.token_mass(row, store, chunk))
+        lines = _narrow(_lines(store.ids(chunk), place.first_line, tokenizer), row.token_mass(store, chunk))
         source = store.sources[store.source_of[chunk]].name
         found.append(Citation(source, lines or _span(place), round(weight, 4), store.folder))
     return found

@@ -83,7 +83,7 @@ def _rag(
         passages = "\n\n".join(chunks[i][1].text.rstrip() for i in reversed(top))
         content = f"{passages}\n\nAnswer from the text above, in a few words. {item.question.question}"
         ids = base.tokenizer.chat([{"role": "user", "content": content}])
-        text = base.tokenizer.decode(base.generate(ids, max_tokens=RAG_TOKENS))
+        text = base.generate(ids, max_tokens=RAG_TOKENS).text
         right.append(score.lenient(text, item.question))
         rows.append({"question": item.question.question, "expected": item.question.value, "answer": text})
         if number % 20 == 0:

@@ -1,6 +1,6 @@
 """The architecture, on one device."""
 
-from herd.model.cache import Cache, KVCache
+from herd.model.cache import Cache, KVCache, KVRow, Memory, bytes_needed
 from herd.model.transformer import Transformer
 
-__all__ = ["Cache", "KVCache", "Transformer"]
+__all__ = ["Cache", "KVCache", "KVRow", "Memory", "Transformer", "bytes_needed"]

@@ -1,8 +1,10 @@
 """What attention remembers. The model asks `attend`; who implements it decides where keys and values live.
 
-Shape suffixes: B batch, T new tokens, S remembered tokens, H query heads, G key/value heads, d head_dim.
+Shape suffixes: B batch, T new tokens, N new tokens of all sequences, S remembered tokens, H query heads, G key/value
+heads, d head_dim.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from herd.config import TextConfig
 from herd.kernels import attend
+
+_QUERIES = 256  # that are compared with all keys at a time; bounds the memory of a long prompt
 
 
 class Cache(Protocol):
@@ -30,34 +34,179 @@ def visible(query_BT: Tensor, key_BS: Tensor, chunk: int | None) -> Tensor:
     return seen if chunk is None else seen & (q // chunk == k // chunk)
 
 
-class KVCache:
-    """Keys and values in memory: local layers keep the current chunk, global layers keep everything."""
+def capacity(cfg: TextConfig, layer: int, tokens: int) -> int:
+    """Of how many tokens a layer keeps keys and values for a sequence of so many: local layers keep one chunk."""
+    chunk = cfg.attention_chunk_size
+    return min(chunk, tokens) if chunk is not None and cfg.is_local(layer) else tokens
 
-    def __init__(self, cfg: TextConfig) -> None:
-        self.cfg = cfg
-        self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+def bytes_needed(cfg: TextConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one sequence take in memory, known before it runs."""
+    kept = sum(capacity(cfg, layer, tokens) for layer in range(cfg.num_hidden_layers))
+    return 2 * kept * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
+
+
+class _Layer:
+    """Keys and values of one layer and sequence: those of its current chunk, or all of them."""
+
+    def __init__(self, cfg: TextConfig, layer: int, tokens: int, like: Tensor) -> None:
+        self.chunk = cfg.attention_chunk_size if cfg.is_local(layer) else None
+        shape = (2, cfg.num_key_value_heads, capacity(cfg, layer, tokens), cfg.head_dim)
+        self.kv_2GSd = like.new_empty(shape)
+        self.held, self.end = 0, 0  # tokens, and the position after the last of them
+
+    def remember(self, k_TGd: Tensor, v_TGd: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Add tokens of one chunk; keys and values [S, G, d] of all that the last of them sees."""
+        assert position >= self.end, f"position {position} is before {self.end}, which comes next"
+        if self.chunk is not None and self.held and position // self.chunk != (self.end - 1) // self.chunk:
+            self.held = 0
+        stop = self.held + len(k_TGd)
+        assert stop <= self.kv_2GSd.shape[2], f"{stop} tokens in memory for {self.kv_2GSd.shape[2]}"
+        self.kv_2GSd[0, :, self.held : stop] = k_TGd.transpose(0, 1)
+        self.kv_2GSd[1, :, self.held : stop] = v_TGd.transpose(0, 1)
+        self.held, self.end = stop, position + len(k_TGd)
+        return self.keys_values()
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        k_GSd, v_GSd = self.kv_2GSd[:, :, : self.held]
+        return k_GSd.transpose(0, 1), v_GSd.transpose(0, 1)
+
+
+class KVRow:
+    """Keys and values of one sequence of at most `tokens` tokens, in memory that is taken once and never grows."""
+
+    def __init__(self, cfg: TextConfig, tokens: int, dtype: torch.dtype) -> None:
+        self.cfg, self.tokens, self.dtype = cfg, tokens, dtype
+        self.nbytes = bytes_needed(cfg, tokens, dtype)
+        self._layers: dict[int, _Layer] = {}
+
+    def remember(self, layer: int, k_TGd: Tensor, v_TGd: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Add tokens that follow each other from `position` on, for local layers within one chunk.
+
+        Returns keys and values [S, G, d] of all that the last of them sees, itself included: views, good until the
+        next call.
+        """
+        if layer not in self._layers:
+            assert k_TGd.dtype == self.dtype, f"{k_TGd.dtype} in memory for {self.dtype}"
+            self._layers[layer] = _Layer(self.cfg, layer, self.tokens, k_TGd)
+        return self._layers[layer].remember(k_TGd, v_TGd, position)
+
+    def remembered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, G, d] that a layer holds, as views."""
+        return self._layers[layer].keys_values()
+
+    def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Remember tokens from `position` on; (out [T, H, d], lse [T, H]) of them in float32, see `kernels.attend`."""
+        chunk = self.cfg.attention_chunk_size if self.cfg.is_local(layer) else None
+        parts, start = [], 0
+        while start < len(q_THd):
+            left = len(q_THd) - start
+            stop = start + (left if chunk is None else min(left, chunk - (position + start) % chunk))
+            k_SGd, v_SGd = self.remember(layer, k_TGd[start:stop], v_TGd[start:stop], position + start)
+            parts += _attend_to_the_past(q_THd[start:stop], k_SGd, v_SGd)
+            start = stop
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    def close(self) -> None:
+        """Give the memory back. What the sequence is asked about afterwards does not need it."""
+        self._layers.clear()
+
+
+def _attend_to_the_past(q_THd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(out, lse) of blocks of queries; the queries are those of the last T of S tokens."""
+    parts, before = [], len(k_SGd) - len(q_THd)
+    for start in range(0, len(q_THd), _QUERIES):
+        stop = min(start + _QUERIES, len(q_THd))
+        seen = before + stop
+        mask_TS = None
+        if stop - start > 1:
+            mask_TS = torch.ones(stop - start, seen, dtype=torch.bool, device=q_THd.device).tril(before + start)
+            mask_TS = mask_TS.unsqueeze(0)
+        out_1THd, lse_1TH = attend(q_THd[None, start:stop], k_SGd[None, :seen], v_SGd[None, :seen], mask_TS)
+        parts.append((out_1THd[0], lse_1TH[0]))
+    return parts
+
+
+class KVRows:
+    """The cache of forward passes over some sequences. Each attends alone, so it does not depend on its company.
+
+    counts None: row b of the batch goes on with sequence b; position -1 marks padding, right of its tokens. Otherwise
+    the batch is one row without padding: counts[i] tokens of sequence i, one sequence after the other.
+    """
+
+    def __init__(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> None:
+        self.rows, self.counts = rows, counts
+        self._positions: Tensor | None = None
+        self._spans: list[tuple[slice, int]] = []
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
+        """See `Cache`."""
         return self.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)[0].to(q_BTHd.dtype)
 
     def attend_partial(
         self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `attend`, but (out, lse) in float32, to be merged with what lives elsewhere."""
-        k_BSGd, v_BSGd, key_BS = k_BTGd, v_BTGd, positions_BT
-        if layer in self._layers:
-            k_old, v_old, key_old = self._layers[layer]
-            k_BSGd, v_BSGd = torch.cat([k_old, k_BTGd], 1), torch.cat([v_old, v_BTGd], 1)
-            key_BS = torch.cat([key_old, positions_BT], 1)
-        chunk = self.cfg.attention_chunk_size if self.cfg.is_local(layer) else None
-        self._layers[layer] = _current_chunk(k_BSGd, v_BSGd, key_BS, chunk)
-        return attend(q_BTHd, k_BSGd, v_BSGd, visible(positions_BT, key_BS, chunk))
+        q_NHd, k_NGd, v_NGd = q_BTHd.flatten(0, 1), k_BTGd.flatten(0, 1), v_BTGd.flatten(0, 1)
+        out_NHd = torch.zeros(q_NHd.shape, device=q_NHd.device)
+        lse_NH = torch.full(q_NHd.shape[:2], -torch.inf, device=q_NHd.device)
+        for row, (span, position) in zip(self.rows, self.spans(positions_BT), strict=True):
+            if span.stop > span.start:
+                out_NHd[span], lse_NH[span] = row.attend(layer, q_NHd[span], k_NGd[span], v_NGd[span], position)
+        return out_NHd.view_as(q_BTHd), lse_NH.view(q_BTHd.shape[:3])
+
+    def spans(self, positions_BT: Tensor) -> list[tuple[slice, int]]:
+        """Where the new tokens of each sequence stand in the flattened batch, and the position of the first."""
+        if positions_BT is not self._positions:  # every layer asks with the same tensor
+            self._positions, self._spans = positions_BT, self._find_spans(positions_BT)
+        return self._spans
+
+    def _find_spans(self, positions_BT: Tensor) -> list[tuple[slice, int]]:
+        rows = positions_BT.tolist()
+        flat = [position for row in rows for position in row]
+        counts = [sum(p >= 0 for p in row) for row in rows] if self.counts is None else self.counts
+        spans, at = [], 0
+        for index, count in enumerate(counts):
+            start = index * positions_BT.shape[1] if self.counts is None else at
+            at = start + count
+            assert count == 0 or flat[at - 1] == flat[start] + count - 1 >= count - 1, "tokens follow each other"
+            spans.append((slice(start, at), flat[start] if count else 0))
+        return spans
 
 
-def _current_chunk(k: Tensor, v: Tensor, key_BS: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop what no later token of any sequence can see: chunks before each sequence's newest one."""
-    if chunk is None:
-        return k, v, key_BS
-    newest_B1 = key_BS.amax(1, keepdim=True)
-    keep_S = ((key_BS >= 0) & (key_BS // chunk == newest_B1 // chunk)).any(0)
-    return (k, v, key_BS) if bool(keep_S.all()) else (k[:, keep_S], v[:, keep_S], key_BS[:, keep_S])
+class Memory(Protocol):
+    """Where an engine keeps its sequences."""
+
+    @property
+    def start_position(self) -> int:
+        """Position of the first token of every sequence."""
+        ...
+
+    def open(self, tokens: int, prompt: int = 1) -> KVRow:
+        """Memory for a sequence of at most so many tokens, of which the first `prompt` are given. It is taken as it
+        is used, at most `nbytes`."""
+        ...
+
+    def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> Cache:
+        """What the model gets as its cache, see `KVRows`."""
+        ...
+
+
+class KVCache:
+    """Sequences that see nothing but themselves."""
+
+    start_position = 0
+
+    def __init__(self, cfg: TextConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.cfg, self.dtype = cfg, dtype
+
+    def open(self, tokens: int, prompt: int = 1) -> KVRow:
+        """See `Memory`."""
+        return KVRow(self.cfg, tokens, self.dtype)
+
+    def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> KVRows:
+        """See `Memory`."""
+        return KVRows(rows, counts)

@@ -63,15 +63,12 @@ class Transformer(nn.Module):
         """The layers, bottom to top."""
         return cast(list[Block], list(self.model.layers))
 
-    def forward(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        cache: Cache | None = None,
-        *,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Logits in float32: [B, T, V], or [B, 1, V] of each row's last real token with `last_only`.
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] in float32. Arguments as for `states`."""
+        return self.logits(self.states(ids_BT, positions_BT, cache))
+
+    def states(self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the layers make of the tokens, [B, T, D].
 
         Without a cache each row is a whole sequence from position 0. With one, the new tokens follow what it
         remembers; position -1 marks padding, which must stand right of the row's real tokens.
@@ -81,10 +78,11 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT)
         for block in self.model.layers:
             x_BTD = block(x_BTD, positions_BT, cache)
-        if last_only:
-            last_B = (positions_BT >= 0).sum(1).clamp(min=1) - 1
-            x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B].unsqueeze(1)
-        return self.lm_head(self.model.norm(x_BTD)).float()
+        return x_BTD
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [..., V] in float32 of some of the `states` [..., D]."""
+        return self.lm_head(self.model.norm(x)).float()
 
     def read(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, T, G, d] that the one global layer remembers of chunks, each its own row.

@@ -9,10 +9,12 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from herd import engine
 from herd.context import scan
-from herd.context.cache import ContextCache
+from herd.context.cache import ContextCache, ContextRow
+from herd.context.citations import cite
 from herd.context.store import Store, spec_for
 from herd.kernels import attend, dequantize_kv
-from tests.context.tiny_context import CONFIG, put, read_paths, spec, tiny_model
+from herd.model import Transformer
+from tests.context.tiny_context import CONFIG, Bytes, put, read_paths, spec, tiny_model
 
 CHUNK = 48
 WIDE = replace(CONFIG, attention_chunk_size=CHUNK)
@@ -29,6 +31,12 @@ def full_chunks(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def asked(model: Transformer, cache: ContextCache) -> torch.Tensor:
+    """Logits [1, T, V] of the question."""
+    positions = torch.arange(len(QUESTION))[None] + cache.start_position
+    return model(torch.tensor([QUESTION]), positions, cache.rows([cache.open(len(QUESTION))]))
+
+
 @pytest.mark.parametrize("chunks", [1, 6])
 @torch.inference_mode()
 def test_a_context_equals_one_forward_pass_of_transformers(tmp_path: Path, chunks: int) -> None:
@@ -42,15 +50,12 @@ def test_a_context_equals_one_forward_pass_of_transformers(tmp_path: Path, chunk
         Llama4TextConfig.from_dict(WIDE.to_hf()), attn_implementation="eager"
     ).eval()
     theirs.load_state_dict(model.state_dict())
-    cache = ContextCache([opened], WIDE, 1)
-    positions = torch.arange(len(QUESTION))[None] + cache.start_position
-    ours_TV = model(torch.tensor([QUESTION]), positions, cache)[0]
+    cache = ContextCache([opened], WIDE)
+    ours_TV = asked(model, cache)[0]
     theirs_TV = theirs(torch.tensor([ids + QUESTION]), use_cache=False).logits[0, len(ids) :]
     assert (ours_TV - theirs_TV).abs().max() <= 1e-4
 
-    answer = engine.generate(
-        model, [QUESTION], max_tokens=12, cache=ContextCache([opened], WIDE, 1), start_position=opened.end_position
-    )[0]
+    answer = engine.generate(model, [QUESTION], max_tokens=12, cache=ContextCache([opened], WIDE))[0]
     expected = list(QUESTION)
     for _ in answer:
         logits_V = theirs(torch.tensor([ids + expected]), use_cache=False).logits[0, -1]
@@ -68,9 +73,8 @@ def test_several_contexts_count_as_one(tmp_path: Path) -> None:
     read_paths(second, *places[2:], model=model)
     logits = []
     for stores in ([whole], [first, second]):
-        cache = ContextCache(stores, WIDE, 1)
-        positions = torch.arange(len(QUESTION))[None] + cache.start_position
-        logits.append(model(torch.tensor([QUESTION]), positions, cache))
+        cache = ContextCache(stores, WIDE)
+        logits.append(asked(model, cache))
     assert len(second.chunks) == 3 and cache.start_position == 5 * CHUNK
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
@@ -81,10 +85,36 @@ def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path)
     opened = Store.open(tmp_path / "ctx", spec())
     read_paths(opened, *full_chunks(tmp_path / "src", 5), model=model)
     prompts = [QUESTION, list(b"?"), list(b"a somewhat longer question about line 3 that spans chunks: ")]
-    ask = {"max_tokens": 6, "start_position": opened.end_position}
-    together = engine.generate(model, prompts, cache=ContextCache([opened], CONFIG, 3), **ask)
-    alone = [engine.generate(model, [p], cache=ContextCache([opened], CONFIG, 1), **ask)[0] for p in prompts]
+    cache = ContextCache([opened], CONFIG)
+    together = engine.generate(model, prompts, max_tokens=6, cache=cache)
+    alone = [engine.generate(model, [prompt], max_tokens=6, cache=cache)[0] for prompt in prompts]
     assert together == alone
+
+
+@pytest.mark.parametrize("prompt_tokens", [5, 1024])
+def test_citations_do_not_depend_on_company(tmp_path: Path, prompt_tokens: int) -> None:
+    """Nor on the pieces in which a question was read."""
+    model = tiny_model()
+    opened = Store.open(tmp_path / "ctx", spec())
+    read_paths(opened, *full_chunks(tmp_path / "src", 5), model=model)
+    prompts = [QUESTION, list(b"?"), list(b"a somewhat longer question about line 3 that spans chunks: ")]
+
+    def ask(prompts: list[list[int]], prompt_tokens: int) -> list[ContextRow]:
+        asking = engine.Engine(model, cache=ContextCache([opened], CONFIG), rows=2, prompt_tokens=prompt_tokens)
+        found = []
+        for number, prompt in enumerate(prompts):
+            asking.submit(engine.Request(prompt, 6))
+            row = asking.row(number)
+            assert isinstance(row, ContextRow)
+            found.append(row)
+        assert sum(token.finish == "length" for token in engine.stream(asking)) == len(prompts)
+        return found
+
+    for row, prompt in zip(ask(prompts, prompt_tokens), prompts, strict=True):
+        [alone] = ask([prompt], 1024)
+        assert cite(row, Bytes()) == cite(alone, Bytes()) != []
+        assert row.mass == pytest.approx(alone.mass, rel=1e-5)
+        assert row.missed == pytest.approx(alone.missed, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +147,6 @@ def test_a_scan_equals_attention_over_all_live_tokens(
 
 def test_an_empty_context_is_no_context(tmp_path: Path) -> None:
     model, opened = tiny_model(), Store.open(tmp_path / "ctx", spec())
-    cache = ContextCache([opened], CONFIG, 1)
+    cache = ContextCache([opened], CONFIG)
     assert cache.start_position == 0
-    ids = torch.tensor([QUESTION])
-    torch.testing.assert_close(model(ids, torch.arange(len(QUESTION))[None], cache), model(ids))
+    torch.testing.assert_close(asked(model, cache), model(torch.tensor([QUESTION])))

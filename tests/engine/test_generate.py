@@ -1,12 +1,10 @@
 """Generation: a batch equals its rows run alone, streaming equals collecting, bad prompts are refused."""
 
-import importlib
-
 import pytest
 import torch
 
 from herd.config import TextConfig
-from herd.engine import Sampler, generate, stream
+from herd.engine import Engine, Request, Sampler, generate, stream
 from herd.errors import PromptError
 from herd.model import KVCache, Transformer
 
@@ -38,13 +36,18 @@ def transformer() -> Transformer:
     return model
 
 
+class Later(KVCache):
+    """Sequences that begin at a position of their own, as after a context."""
+
+    start_position = 40
+
+
 @pytest.mark.parametrize("sampler", [None, Sampler(temperature=0.8, top_p=0.9, top_k=20, seed=7)])
-@pytest.mark.parametrize("start", [0, 40])
-def test_batch_equals_rows_alone(transformer: Transformer, sampler: Sampler | None, start: int) -> None:
-    together = generate(transformer, PROMPTS, max_tokens=20, eos_ids=[11], sampler=sampler, start_position=start)
+@pytest.mark.parametrize("cache", [None, Later(CONFIG)])
+def test_batch_equals_rows_alone(transformer: Transformer, sampler: Sampler | None, cache: KVCache | None) -> None:
+    together = generate(transformer, PROMPTS, max_tokens=20, eos_ids=[11], sampler=sampler, cache=cache)
     for row, prompt in enumerate(PROMPTS):
-        own = Sampler(0.8, 0.9, 20, seed=7 + row) if sampler else None
-        [alone] = generate(transformer, [prompt], max_tokens=20, eos_ids=[11], sampler=own, start_position=start)
+        [alone] = generate(transformer, [prompt], max_tokens=20, eos_ids=[11], sampler=sampler, cache=cache)
         assert together[row] == alone
 
 
@@ -57,10 +60,15 @@ def test_greedy_equals_full_forward(transformer: Transformer) -> None:
         assert generate(transformer, [prompt], max_tokens=20) == [ids[len(prompt) :]]
 
 
-def test_prefill_in_pieces_changes_nothing(transformer: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = generate(transformer, PROMPTS, max_tokens=8)
-    monkeypatch.setattr(importlib.import_module("herd.engine.generate"), "PREFILL_TOKENS", 5)
-    assert generate(transformer, PROMPTS, max_tokens=8) == whole
+@pytest.mark.parametrize("prompt_tokens", [1, 5, 17])
+def test_prefill_in_pieces_changes_nothing(transformer: Transformer, prompt_tokens: int) -> None:
+    engine = Engine(transformer, prompt_tokens=prompt_tokens)
+    out: list[list[int]] = [[] for _ in PROMPTS]
+    for prompt in PROMPTS:
+        engine.submit(Request(prompt, 8))
+    for token in stream(engine):
+        out[token.request].append(token.id)
+    assert out == generate(transformer, PROMPTS, max_tokens=8)
 
 
 def test_stream_yields_what_generate_returns(transformer: Transformer) -> None:
@@ -68,11 +76,15 @@ def test_stream_yields_what_generate_returns(transformer: Transformer) -> None:
     end = free[1][2]
     rows: list[list[int]] = [[] for _ in PROMPTS]
     finished = []
-    for token in stream(transformer, PROMPTS, max_tokens=6, eos_ids=[end], cache=KVCache(CONFIG)):
-        assert token.row not in finished
-        rows[token.row].append(token.id)
-        if token.last:
-            finished.append(token.row)
+    engine = Engine(transformer)
+    for prompt in PROMPTS:
+        engine.submit(Request(prompt, 6, eos_ids=[end]))
+    for token in stream(engine):
+        assert token.request not in finished
+        rows[token.request].append(token.id)
+        assert token.finish == ("stop" if token.id == end else "length" if len(rows[token.request]) == 6 else None)
+        if token.finish:
+            finished.append(token.request)
     assert sorted(finished) == [0, 1, 2, 3]
     assert rows[1][-1] == end and end not in rows[1][:-1]
     kept = generate(transformer, PROMPTS, max_tokens=6, eos_ids=[end])
@@ -81,13 +93,16 @@ def test_stream_yields_what_generate_returns(transformer: Transformer) -> None:
 
 def test_nothing_to_do(transformer: Transformer) -> None:
     assert generate(transformer, [], max_tokens=5) == []
-    assert generate(transformer, [[1]], max_tokens=0) == [[]]
+    engine = Engine(transformer)
+    assert engine.idle and engine.step() == []
+    with pytest.raises(PromptError, match="max_tokens is 0"):
+        generate(transformer, [[1]], max_tokens=0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "tokens", "message"),
     [
-        ([], 1, "prompt 0 is empty"),
+        ([], 1, "prompt is empty"),
         ([61], 1, "the vocabulary has ids 0 to 60"),
         ([-1], 1, "holds the id -1"),
         ([1] * 100, 29, "needs 129 positions .* has 128"),

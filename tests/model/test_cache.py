@@ -1,5 +1,6 @@
-"""KVCache: however a text is fed, in whatever company and wherever it stands, the logits are those of one forward."""
+"""The cache: however a text is fed, in whatever company and wherever it stands, the logits are those of one forward."""
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from herd.model import KVCache, Transformer
-from herd.model.cache import visible
-from tests.model.tiny_models import CHUNK, build, tiny, tokens
+from herd.model import KVCache, Transformer, bytes_needed
+from herd.model.cache import KVRows, visible
+from tests.model.tiny_models import CHUNK, build, memory, tiny, tokens
 
 fast = settings(max_examples=10, deadline=None, derandomize=True)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> Transformer:
     return build(tiny(**CONFIGS[request.param]))
 
 
-def feed(model: Transformer, cache: KVCache, ids_BT: Tensor, edges: list[int], start: int = 0) -> Tensor:
+def feed(model: Transformer, cache: KVRows, ids_BT: Tensor, edges: list[int], start: int = 0) -> Tensor:
     """Logits of ids fed in the pieces that `edges` cut, the first token at position `start`."""
     out = []
     for a, b in pairwise([0, *edges, ids_BT.shape[1]]):
@@ -39,9 +40,18 @@ def feed(model: Transformer, cache: KVCache, ids_BT: Tensor, edges: list[int], s
     return torch.cat(out, 1)
 
 
-def remembered(cache: KVCache, layer: int) -> int:
-    """Tokens for which a layer holds keys and values."""
-    return cache._layers[layer][0].shape[1]
+def remembered(cache: KVRows, layer: int) -> int:
+    """Tokens for which a layer holds keys and values of the first sequence."""
+    return len(cache.rows[0].remembered(layer)[0])
+
+
+def held_bytes(cache: KVRows) -> int:
+    """Bytes of the memory itself that hold keys and values, not just of views of it."""
+    layers = [layer for row in cache.rows for layer in row._layers]
+    stores = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+              for row in cache.rows for layer in row._layers for x in row.remembered(layer)}  # fmt: skip
+    assert len(stores) == len(layers)
+    return sum(stores.values())
 
 
 # One sequence
@@ -53,7 +63,7 @@ def test_greedy_tokens_equal_with_and_without_cache(model: Transformer) -> None:
     ids = prompt
     for _ in range(64):
         ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
-    cache = KVCache(model.config)
+    cache = memory(model.config, 1, 128)
     cached = torch.cat([prompt, model(prompt, cache=cache)[:, -1:].argmax(-1)], 1)
     while cached.shape[1] < ids.shape[1]:
         position = torch.tensor([[cached.shape[1] - 1]])
@@ -71,7 +81,7 @@ def test_greedy_tokens_equal_transformers() -> None:
     theirs.load_state_dict(model.state_dict())
     prompt = TOKENS[:1, : CHUNK - 2]
     expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    cache, ids, new, start = KVCache(model.config), prompt, prompt, 0
+    cache, ids, new, start = memory(model.config, 1, 128), prompt, prompt, 0
     while ids.shape[1] < expected.shape[1]:
         positions = torch.arange(start, ids.shape[1]).unsqueeze(0)
         new, start = model(new, positions, cache)[:, -1:].argmax(-1), ids.shape[1]
@@ -83,26 +93,25 @@ def test_greedy_tokens_equal_transformers() -> None:
 @given(edges=st.lists(st.integers(0, TOKENS.shape[1]), max_size=8).map(lambda e: sorted(set(e) - {0, TOKENS.shape[1]})))
 @torch.inference_mode()
 def test_prefill_in_any_split_equals_one_forward(model: Transformer, edges: list[int]) -> None:
-    logits = feed(model, KVCache(model.config), TOKENS, edges)
+    logits = feed(model, memory(model.config), TOKENS, edges)
     torch.testing.assert_close(logits, model(TOKENS), **CLOSE)
 
 
 @torch.inference_mode()
 def test_local_layers_remember_at_most_one_chunk() -> None:
     model = build(tiny())
-    cache, step = KVCache(model.config), 0
+    cache, step = memory(model.config, 1, 5 * CHUNK), 0
     for stop in (3, CHUNK + 1, *range(CHUNK + 2, 3 * CHUNK + 2), 5 * CHUNK):
         positions = torch.arange(step, stop).unsqueeze(0)
         model(tokens(1, stop - step), positions, cache)
         step = stop
         assert [remembered(cache, i) for i in range(4)] == [(step - 1) % CHUNK + 1] * 3 + [step]
-        # The memory itself, not just a view of it, is that small.
-        assert sum(x.untyped_storage().nbytes() for x in cache._layers[0]) <= CHUNK * (2 * 2 * 8 * 4 + 8) * 4
+        assert held_bytes(cache) == (3 * CHUNK + 5 * CHUNK) * (2 * 2 * 8 * 4)
 
 
 @torch.inference_mode()
 def test_two_caches_do_not_share_anything(model: Transformer) -> None:
-    a, b = KVCache(model.config), KVCache(model.config)
+    a, b = memory(model.config), memory(model.config)
     other = TOKENS.flip(1)
     first, second = feed(model, a, TOKENS[:, :5], []), feed(model, b, other[:, :5], [])
     positions = torch.arange(5, 20).expand(2, -1)
@@ -126,7 +135,7 @@ def test_a_ragged_batch_equals_its_rows_alone(model: Transformer, lengths: list[
     steps = torch.arange(20)
     positions = torch.where(steps < torch.tensor(lengths)[:, None], steps, -1)
     prompts = torch.where(positions >= 0, ids[:, :20], tokens(len(lengths), 20, seed + 1))  # pads hold anything
-    cache = KVCache(model.config)
+    cache = memory(model.config, len(lengths))
     pieces = [model(prompts[:, i : i + piece], positions[:, i : i + piece], cache) for i in range(0, 20, piece)]
     together = torch.cat(pieces, 1)
     alone = [model(ids[row : row + 1, : length + 4])[0] for row, length in enumerate(lengths)]
@@ -143,14 +152,53 @@ def test_a_ragged_batch_equals_its_rows_alone(model: Transformer, lengths: list[
             torch.testing.assert_close(logits[row, 0], alone[row][length + step], **CLOSE)
 
 
+@fast
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 100))
 @torch.inference_mode()
-def test_last_only_gives_the_last_real_token_of_each_row(model: Transformer) -> None:
-    positions = torch.arange(12).expand(2, -1).clone()
-    positions[0, 7:] = -1
-    everything = model(TOKENS[:, :12], positions, KVCache(model.config))
-    last = model(TOKENS[:, :12], positions, KVCache(model.config), last_only=True)
-    assert last.shape == (2, 1, 97)
-    torch.testing.assert_close(last[:, 0], torch.stack([everything[0, 6], everything[1, 11]]))
+def test_tokens_side_by_side_equal_sequences_alone(model: Transformer, lengths: list[int], seed: int) -> None:
+    """Without padding: each pass holds a piece of every sequence, of a length of its own."""
+    ids = tokens(len(lengths), 24, seed)
+    cache = KVCache(model.config)
+    rows = [cache.open(24) for _ in lengths]
+    done = [0] * len(lengths)
+    found: list[list[Tensor]] = [[] for _ in lengths]
+    for stops in (lengths, [length + 1 for length in lengths], [24] * len(lengths)):
+        spans = list(zip(done, stops, strict=True))
+        new = torch.cat([ids[i, a:b] for i, (a, b) in enumerate(spans)])
+        positions = torch.cat([torch.arange(a, b) for a, b in spans])
+        logits = model(new[None], positions[None], cache.rows(rows, [b - a for a, b in spans]))[0]
+        for mine, part in zip(found, logits.split([b - a for a, b in spans]), strict=True):
+            mine.append(part)
+        done = list(stops)
+    for row, parts in enumerate(found):
+        torch.testing.assert_close(torch.cat(parts), model(ids[row : row + 1])[0], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, CHUNK, 3 * CHUNK + 5])
+@torch.inference_mode()
+def test_memory_is_known_beforehand(model: Transformer, dtype: torch.dtype, length: int) -> None:
+    ours = deepcopy(model).to(dtype)
+    cache = memory(ours.config, 2, length, dtype)
+    expected = bytes_needed(ours.config, length, dtype)
+    feed(ours, cache, TOKENS[:, :length], [length // 2] if length > 1 else [])
+    assert held_bytes(cache) == 2 * expected == sum(row.nbytes for row in cache.rows)
+    for row in cache.rows:
+        row.close()
+    assert held_bytes(cache) == 0
+
+
+@torch.inference_mode()
+def test_a_sequence_cannot_outgrow_its_memory(model: Transformer) -> None:
+    with pytest.raises(AssertionError, match="memory for"):
+        feed(model, memory(model.config, 2, CHUNK - 1), TOKENS, [])
+
+
+@torch.inference_mode()
+def test_logits_of_chosen_states_are_those_of_the_forward(model: Transformer) -> None:
+    states, everything = model.states(TOKENS), model(TOKENS)
+    assert states.shape == (*TOKENS.shape, 32)
+    torch.testing.assert_close(model.logits(states[:, 6]), everything[:, 6])
 
 
 # Far positions
@@ -160,22 +208,22 @@ def test_last_only_gives_the_last_real_token_of_each_row(model: Transformer) -> 
 @torch.inference_mode()
 def test_local_layers_at_ten_million_equal_those_at_zero_exactly(start: int) -> None:
     model = build(tiny(nope_layer_interval=None))
-    near = feed(model, KVCache(model.config), TOKENS, [9])
-    assert torch.equal(feed(model, KVCache(model.config), TOKENS, [9], start), near)
+    near = feed(model, memory(model.config), TOKENS, [9])
+    assert torch.equal(feed(model, memory(model.config), TOKENS, [9], start), near)
     # The same within a chunk, for a text that does not begin on a boundary.
-    near = feed(model, KVCache(model.config), TOKENS, [9], 3)
-    assert torch.equal(feed(model, KVCache(model.config), TOKENS, [9], start + 3), near)
+    near = feed(model, memory(model.config), TOKENS, [9], 3)
+    assert torch.equal(feed(model, memory(model.config), TOKENS, [9], start + 3), near)
 
 
 @torch.inference_mode()
 def test_global_layers_at_ten_million_differ_by_temperature_only() -> None:
     model = build(tiny(attn_temperature_tuning=False))
     start = 10_000_000 // CHUNK * CHUNK
-    near = feed(model, KVCache(model.config), TOKENS, [9])
-    assert torch.equal(feed(model, KVCache(model.config), TOKENS, [9], start), near)
+    near = feed(model, memory(model.config), TOKENS, [9])
+    assert torch.equal(feed(model, memory(model.config), TOKENS, [9], start), near)
     tuned = Transformer(tiny()).eval()
     tuned.load_state_dict(model.state_dict())
-    assert (feed(tuned, KVCache(tuned.config), TOKENS, [9], start) - near).abs().max() > 0.1
+    assert (feed(tuned, memory(tuned.config), TOKENS, [9], start) - near).abs().max() > 0.1
 
 
 # Reading chunks on their own
@@ -189,11 +237,11 @@ def one_global_layer() -> Transformer:
 def test_read_gives_what_a_cached_forward_remembers() -> None:
     model = one_global_layer()
     ids = tokens(1, 4 * CHUNK)
-    cache = KVCache(model.config)
+    cache = memory(model.config, 1)
     model(ids, cache=cache)
     k, v = model.read(ids.view(4, CHUNK))
-    torch.testing.assert_close(k.flatten(0, 1), cache._layers[2][0][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(v.flatten(0, 1), cache._layers[2][1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(k.flatten(0, 1), cache.rows[0].remembered(2)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(v.flatten(0, 1), cache.rows[0].remembered(2)[1], rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -201,9 +249,8 @@ def test_reading_chunks_then_asking_equals_one_forward() -> None:
     model = one_global_layer()
     ids = tokens(1, 3 * CHUNK + 5)
     k, v = model.read(ids[:, : 3 * CHUNK].view(3, CHUNK))
-    cache = KVCache(model.config)
-    known = torch.arange(3 * CHUNK)
-    cache._layers[2] = (k.flatten(0, 1)[None], v.flatten(0, 1)[None], known[None])
+    cache = memory(model.config, 1)
+    cache.rows[0].remember(2, k.flatten(0, 1), v.flatten(0, 1), 0)
     answer = model(ids[:, 3 * CHUNK :], torch.arange(3 * CHUNK, 3 * CHUNK + 5)[None], cache)
     torch.testing.assert_close(answer, model(ids)[:, 3 * CHUNK :], **CLOSE)
 

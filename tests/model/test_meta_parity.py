@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from herd.config import MAVERICK, SCOUT, RopeScaling, TextConfig
-from herd.model import KVCache, Transformer
+from herd.model import Transformer
 from herd.model.rope import inverse_frequencies, temperature
 from tests.model.meta_reference import Reference, load
-from tests.model.tiny_models import CHUNK, LENGTHS, build, tiny, tokens
+from tests.model.tiny_models import CHUNK, LENGTHS, build, memory, tiny, tokens
 
 # Scaling is fixed to wavelengths around 8192; with these thetas one of our four pairs lies beyond it (λ = 12,600) or
 # in the blended band of 8/1/4 (λ = 4,900), which moves an angle by up to a tenth within the longest text.
@@ -49,7 +49,7 @@ def test_logits_equal_meta(switch: str) -> None:
         ids = tokens(2, length)
         expected = theirs(ids)
         assert expected.std() > 0.5, "logits are large enough for a difference to show"
-        for cache in (None, KVCache(model.config)):
+        for cache in (None, memory(model.config)):
             assert (model(ids, cache=cache) - expected).abs().max() <= 1e-4
 
 
@@ -72,7 +72,7 @@ def test_steps_equal_meta_within_one_chunk() -> None:
     """Meta's cache is right for single tokens as long as everything fits one chunk."""
     model, theirs = pair(tiny())
     ids = tokens(2, CHUNK)
-    cache = KVCache(model.config)
+    cache = memory(model.config)
     for start, stop in [(0, 3), *((i, i + 1) for i in range(3, CHUNK))]:
         expected = theirs(ids[:, start:stop], start)
         positions = torch.arange(start, stop).expand(2, -1)

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from herd.errors import ConfigError
-from herd.model import KVCache, Transformer
+from herd.model import Transformer
 from herd.model.attention import Attention, causal_attention
 from herd.model.cache import visible
-from tests.model.tiny_models import CHUNK, build, tiny, tokens
+from tests.model.tiny_models import CHUNK, build, memory, tiny, tokens
 
 
 def test_parameter_names_are_those_of_the_checkpoints() -> None:
@@ -91,7 +91,7 @@ def test_bfloat16_stays_near_float32() -> None:
     assert logits.dtype == torch.float32
     # One token routed to another expert would be fair; most logits agree to bfloat16's precision.
     assert (logits - expected).abs().median() < 0.05
-    assert model(ids, cache=KVCache(model.config)).dtype == torch.float32
+    assert model(ids, cache=memory(model.config, 1, CHUNK, torch.bfloat16)).dtype == torch.float32
 
 
 def test_every_weight_is_trained() -> None:

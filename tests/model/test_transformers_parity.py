@@ -14,8 +14,8 @@ import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from herd.config import RopeScaling, TextConfig
-from herd.model import KVCache, Transformer
-from tests.model.tiny_models import CHUNK, LENGTHS, build, tiny, tokens
+from herd.model import Transformer
+from tests.model.tiny_models import CHUNK, LENGTHS, build, memory, tiny, tokens
 
 LLAMA_GUARD_4_LIKE = {
     "attention_chunk_size": None,
@@ -76,7 +76,7 @@ def test_logits_equal_transformers(switch: str) -> None:
         ids = tokens(2, length)
         expected = theirs(ids, use_cache=False).logits
         assert expected.std() > 0.5, "logits are large enough for a difference to show"
-        for cache in (None, KVCache(model.config)):
+        for cache in (None, memory(model.config)):
             logits = model(ids, cache=cache)
             assert logits.dtype == torch.float32
             assert (logits - expected).abs().max() <= 1e-4

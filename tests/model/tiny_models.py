@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.model import Transformer
+from herd.model import KVCache, Transformer
+from herd.model.cache import KVRows
 
 CHUNK = 8
 LENGTHS = (CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -52,3 +53,9 @@ def build(cfg: TextConfig, seed: int = 0) -> Transformer:
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(BASE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def memory(cfg: TextConfig, rows: int = 2, tokens: int = 64, dtype: torch.dtype = torch.float32) -> KVRows:
+    """An empty cache for a batch of so many sequences of at most so many tokens."""
+    cache = KVCache(cfg, dtype)
+    return cache.rows([cache.open(tokens) for _ in range(rows)])

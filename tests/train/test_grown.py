@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from herd.config import TextConfig
 from herd.data.pool import NO_EVIDENCE, NULL_EVIDENCE
 from herd.model import Transformer
-from herd.model.cache import KVCache, visible
+from herd.model.cache import KVCache, KVRows, visible
 from herd.train.grown import Batch, Grown, LowRank
 from tests.model.tiny_models import build
 
@@ -37,15 +37,22 @@ CONFIG = TextConfig(
 )
 
 
-class Recording(KVCache):
+class Recording(KVRows):
     """Keeps the attention probabilities of the global layer [B, H, T, S]."""
+
+    def __init__(self, rows: int) -> None:
+        cache = KVCache(CONFIG)
+        super().__init__([cache.open(64) for _ in range(rows)])
+        self.at = torch.empty(rows, 0, dtype=torch.long)
 
     def attend(self, layer, q, k, v, positions):
         out = super().attend(layer, q, k, v, positions)
         if layer == AT:
-            keys, _, at = self._layers[layer]
+            self.at = torch.cat([self.at, positions], 1)
+            keys = torch.zeros(*self.at.shape, *k.shape[2:])
+            keys[self.at >= 0] = torch.cat([row.remembered(AT)[0] for row in self.rows])
             logits = torch.einsum("bthd,bshd->bhts", q, keys.repeat_interleave(2, 2)) / math.sqrt(8)
-            self.mass = logits.masked_fill(~visible(positions, at, None).unsqueeze(1), -math.inf).softmax(-1)
+            self.mass = logits.masked_fill(~visible(positions, self.at, None).unsqueeze(1), -math.inf).softmax(-1)
         return out
 
 
@@ -102,7 +109,7 @@ def world(model: Transformer, context_tokens: int = sum(LENGTHS)) -> tuple[Batch
 
 def own_forward(model: Transformer, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, T, V] and attention over real context tokens and the row [B, H, T, S] of both questions."""
-    cache = Recording(CONFIG)
+    cache = Recording(2)
     for i, chunk in enumerate(ids[:2]):
         positions = i * CHUNK + torch.arange(len(chunk))
         model(chunk.expand(2, -1), positions.expand(2, -1), cache)
@@ -170,7 +177,7 @@ def echo_loss(batch: Batch, ids: list[torch.Tensor], mass: torch.Tensor) -> torc
 
 def idle_loss(model: Transformer, ids_BT: torch.Tensor) -> torch.Tensor:
     """-log of the mass that all later tokens of a text give to its first one."""
-    cache = Recording(CONFIG)
+    cache = Recording(len(ids_BT))
     with torch.no_grad():
         model(ids_BT, None, cache)
     return -cache.mass[:, :, 1:, 0].log().mean()

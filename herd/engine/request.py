@@ -1,0 +1,84 @@
+"""What an engine is asked for, and what it says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from herd.config import TextConfig
+from herd.engine.sampler import Choice, Draws, Sampler
+from herd.errors import PromptError
+from herd.model import KVRow
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampler: Sampler = field(default_factory=Sampler)
+    eos_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise PromptError(f"max_tokens is {self.max_tokens}; an answer has at least one token")
+
+
+@dataclass(frozen=True)
+class Token:
+    """Request `request` went on with `id`, an end token included. finish: why it ends here, None if it does not.
+
+    logprob and top (id and logprob of the most likely tokens) if the sampler asks for them.
+    """
+
+    request: int
+    id: int
+    finish: Finish | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that waits or runs: its tokens so far, how many of them the model has seen, its memory."""
+
+    id: int
+    request: Request
+    row: KVRow
+    draws: Draws
+    ids: list[int]
+    seen: int = 0
+
+    @property
+    def answering(self) -> bool:
+        """Whether the model has seen the prompt."""
+        return self.seen >= len(self.request.prompt)
+
+    def take(self, choice: Choice) -> Token:
+        """Go on with the chosen token."""
+        self.ids.append(choice.id)
+        finish: Finish | None = None
+        if choice.id in self.request.eos_ids:
+            finish = "stop"
+        elif len(self.ids) - len(self.request.prompt) == self.request.max_tokens:
+            finish = "length"
+        return Token(self.id, choice.id, finish, choice.logprob, choice.top)
+
+
+def check_prompt(cfg: TextConfig, prompt: Sequence[int], others: int = 0) -> None:
+    """PromptError for an empty prompt, an id outside the vocabulary, or more positions than the model has.
+
+    others: positions needed besides the prompt (what stands before it, and the answer).
+    """
+    limit, needed = cfg.max_position_embeddings, len(prompt) + others
+    if not prompt:
+        raise PromptError("the prompt is empty; a model needs at least one token to go on from")
+    wrong = next((i for i in prompt if not 0 <= i < cfg.vocab_size), None)
+    if wrong is not None:
+        raise PromptError(f"the prompt holds the id {wrong}; the vocabulary has ids 0 to {cfg.vocab_size - 1}")
+    if needed > limit:
+        raise PromptError(
+            f"the prompt needs {needed:,} positions (context, prompt and answer); this model has {limit:,}"
+        )

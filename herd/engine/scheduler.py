@@ -1,0 +1,66 @@
+"""Which request gets how many tokens of the next step. Holds no tensors and knows no model."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from herd.engine.request import Job
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of a job that the model sees; `chooses` if they are its last, so that a token follows."""
+
+    job: Job
+    ids: list[int]
+    chooses: bool
+
+
+class Scheduler:
+    """First come, first served. A job runs as soon as there is a row, and memory for all it can ever need.
+
+    So a job that runs is never interrupted for want of memory. The first one that waits is not overtaken by smaller
+    ones, so every job runs at last.
+    """
+
+    def __init__(self, rows: int, memory: int | None, prompt_tokens: int) -> None:
+        """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step."""
+        self.rows, self.memory, self.prompt_tokens = rows, memory, prompt_tokens
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes that are set aside for the jobs that run."""
+        return sum(job.row.nbytes for job in self.running)
+
+    def find(self, id: int) -> Job | None:
+        """A job that waits or runs."""
+        return next((job for job in (*self.running, *self.waiting) if job.id == id), None)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job and give its memory back."""
+        (self.running if job in self.running else self.waiting).remove(job)
+        job.row.close()
+
+    def plan(self) -> list[Piece]:
+        """The next step: one token of every answer, and the oldest prompts as far as prompt_tokens go.
+
+        So an answer goes on in every step, however long the prompts beside it are.
+        """
+        self._admit()
+        left, pieces = self.prompt_tokens, []
+        for job in self.running:
+            count = len(job.ids) - job.seen
+            if not job.answering:
+                count = min(count, left)
+                left -= count
+            if count:
+                stop = job.seen + count
+                pieces.append(Piece(job, job.ids[job.seen : stop], stop == len(job.ids)))
+        return pieces
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.rows:
+            if self.memory is not None and self.memory_used + self.waiting[0].row.nbytes > self.memory:
+                return
+            self.running.append(self.waiting.popleft())
