@@ -23,6 +23,9 @@ def command(
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; without --context only.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said before is less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
@@ -34,9 +37,9 @@ def command(
     """
     from herd.engine import Sampler
 
-    sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
-    if context is not None and temperature:
-        raise PromptError("answers from a context are greedy; leave --temperature out, or --context")
+    sampler = Sampler(temperature, top_p, top_k, seed, min_p, repetition_penalty)
+    if context is not None and (temperature or sampler.penalises):
+        raise PromptError("answers from a context are greedy; leave temperature and penalty out, or --context")
     loaded = herd.load(model)
     opened = None if context is None else herd.Context.open(context, loaded)
     turns: list[dict[str, Any]] = []
@@ -50,7 +53,7 @@ def command(
             else:
                 ids = loaded.tokenizer.chat([{"role": t["role"], "content": t["content"]} for t in turns])
                 new = loaded.generate(ids, max_tokens=max_tokens, sampler=sampler, on_text=out)
-                reply = {"content": loaded.tokenizer.decode(new)}
+                reply = {"content": new.text}
             out.end()
             if opened is not None and not as_json:
                 print_citations(answer)

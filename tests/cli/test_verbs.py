@@ -196,6 +196,8 @@ def test_chat(
     turns = chat()
     assert [t["role"] for t in turns] == ["user", "assistant"] * 2
     assert [t["content"] for t in turns[::2]] == ["Hello", "And you?"]
+    drawn = ("--temperature", 2, "--top-k", 200, "--top-p", 0.99, "--min-p", 0.0001, "--repetition-penalty", 1.2)
+    assert chat(*drawn, "--seed", 1) == chat(*drawn, "--seed", 1) != chat(*drawn, "--seed", 2)
     run(["read", str(notes), "--context", str(notes.parent / "ctx"), "--model", str(tiny_model)])
     capsys.readouterr()
     assert "citations" in chat("--context", notes.parent / "ctx")[1]
@@ -226,6 +228,8 @@ def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], notes: Pat
     assert "PATH" in fails(capsys, "read", "--context", notes.parent / "c")
     assert "aks" in fails(capsys, "aks", "q")
     assert "temperature" in fails(capsys, "chat", "--temperature", "-1", *model)
+    for option in ("--temperature", "--repetition-penalty"):
+        assert "are greedy" in fails(capsys, "chat", option, "2", "--context", notes.parent / "c", *model)
 
 
 def test_unexpected_failure_is_one_line_and_code_1(
