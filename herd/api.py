@@ -17,6 +17,7 @@ from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
+from herd.context.quoting import Quoting
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
@@ -134,6 +135,8 @@ def _weights_of(path_or_name: str | Path) -> tuple[int, int] | None:
 class Answer:
     """An answer, and the chunks that carried its attention, the heaviest first.
 
+    quoted: it stands, after the name of what was asked for, in texts that the model looked at, or says that there is
+    nothing (`herd.prompt.quotes`); else it is in the model's own words.
     missed_mass: of no token's attention a larger share than this was not read (`herd.context.scan.MISSED`).
     """
 
@@ -141,6 +144,7 @@ class Answer:
     citations: tuple[Citation, ...]
     ids: tuple[int, ...]
     missed_mass: float = 0.0
+    quoted: bool = False
 
 
 class Context:
@@ -194,23 +198,26 @@ class Context:
         *,
         also: Sequence["Context"] = (),
         max_tokens: int = 256,
+        quote: bool = True,
         on_text: OnText | None = None,
     ) -> Answer:
         """Answer one question, greedily; on_text is called with each new piece of text.
 
+        quote: hold the answer to a quote of what the model looks at, or to `... is not in the context.`; False: the
+        model's own words, whether they stand anywhere or not.
         also: further contexts of the same model, which count as if they had been read into this one. ContextError if
         one of them is empty. PromptError if contexts, question and answer need more positions than the model has.
         """
-        return self._ask([question], also, max_tokens, on_text)[0]
+        return self._ask([question], also, max_tokens, quote, on_text)[0]
 
     def ask_many(
-        self, questions: Sequence[str], *, also: Sequence["Context"] = (), max_tokens: int = 256
+        self, questions: Sequence[str], *, also: Sequence["Context"] = (), max_tokens: int = 256, quote: bool = True
     ) -> list[Answer]:
         """Answers to independent questions, the same as one by one; each pass over the context serves them all."""
-        return self._ask(questions, also, max_tokens, None)
+        return self._ask(questions, also, max_tokens, quote, None)
 
     def _ask(
-        self, questions: Sequence[str], also: Sequence["Context"], max_tokens: int, on_text: OnText | None
+        self, questions: Sequence[str], also: Sequence["Context"], max_tokens: int, quote: bool, on_text: OnText | None
     ) -> list[Answer]:
         contexts = [self, *also]
         for context in contexts:
@@ -224,8 +231,11 @@ class Context:
         dtype = model.transformer.model.embed_tokens.weight.dtype
         cache = ContextCache([context._store for context in contexts], model.config, dtype)
         engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
+        quote = quote and tokenizer.byte_level
         for question in questions:
-            engine.submit(Request(ask_prompt(tokenizer, question), max_tokens, eos_ids=tokenizer.eos_ids))
+            guide = Quoting(question, tokenizer) if quote else None
+            prompt = ask_prompt(tokenizer, question)
+            engine.submit(Request(prompt, max_tokens, eos_ids=tokenizer.eos_ids, guide=guide))
         rows = [engine.row(request) for request in range(len(questions))]
         text, ids = tokenizer.stream(), [list[int]() for _ in questions]
         for token in stream(engine):
@@ -235,9 +245,9 @@ class Context:
                     on_text(text.push(token.id))
         if on_text is not None:
             on_text(text.finish())
-        return [self._answer(its, row) for its, row in zip(ids, rows, strict=True)]
+        return [self._answer(its, row, quote) for its, row in zip(ids, rows, strict=True)]
 
-    def _answer(self, ids: list[int], row: KVRow) -> Answer:
+    def _answer(self, ids: list[int], row: KVRow, quoted: bool) -> Answer:
         assert isinstance(row, ContextRow)
         tokenizer = self._model.tokenizer
-        return Answer(tokenizer.decode(ids), tuple(cite(row, tokenizer)), tuple(ids), row.missed)
+        return Answer(tokenizer.decode(ids), tuple(cite(row, tokenizer)), tuple(ids), row.missed, quoted)

@@ -39,7 +39,7 @@ class ContextRow(KVRow):
         super().__init__(cfg, tokens, dtype)
         self._runs, self._asks = runs, asks
         # Attention mass per run is kept; looks are few, so a closer one is computed when asked for.
-        self._mass_K = torch.zeros(len(runs))
+        self._mass_K = self._last_K = torch.zeros(len(runs))
         self._missed = 0.0
         self._looks: list[_Look] = []
 
@@ -49,7 +49,8 @@ class ContextRow(KVRow):
         if position + tokens - 1 < self._asks:
             return
         last = slice(-q_GRd.shape[1] // tokens, None)
-        self._mass_K += torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2))
+        self._last_K = torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2))
+        self._mass_K = self._mass_K + self._last_K
         self._looks.append(_Look(q_GRd[:, last].float(), total_GR[:, last]))
 
     @property
@@ -69,14 +70,24 @@ class ContextRow(KVRow):
         places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
         return {place: float(self.token_mass(*place).sum()) for place in places}
 
+    def looked_at(self, at_least: float) -> list[tuple[Store, int]]:
+        """Live chunks that received at least this much of the last look, the heaviest first."""
+        near = (self._last_K >= at_least).nonzero().flatten().tolist()
+        places = [(self._runs[k].store, chunk) for k in near for chunk in self._runs[k].chunks]
+        masses = {place: float(_mass_n(*place, self._looks[-1:]).sum()) / self.cfg.num_attention_heads for place in places}
+        return sorted((place for place in places if masses[place] >= at_least), key=lambda place: -masses[place])
+
     def token_mass(self, store: Store, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received, [n]."""
-        kv = store.kv(chunk)
-        k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
-        q_GRd = torch.cat([look.q_GRd for look in self._looks], 1)
-        lse_GR = torch.cat([look.lse_GR for look in self._looks], 1)
-        mass_GRn = torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1))
-        return mass_GRn.sum((0, 1)) / self.cfg.num_attention_heads
+        return _mass_n(store, chunk, self._looks) / self.cfg.num_attention_heads
+
+
+def _mass_n(store: Store, chunk: int, looks: list[_Look]) -> Tensor:
+    """Attention of some looks to each token of a live chunk, summed over heads."""
+    kv = store.kv(chunk)
+    k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
+    q_GRd, lse_GR = torch.cat([look.q_GRd for look in looks], 1), torch.cat([look.lse_GR for look in looks], 1)
+    return torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1)).sum((0, 1))
 
 
 class ContextCache:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from random import Random
 
 from herd.data import words
-from herd.data.lines import line_end, whole_line
+from herd.data.lines import whole_line
 from herd.data.phrasings import CODE
 from herd.data.question import Question
+from herd.prompt.quotes import MAX_QUOTE, MAX_SIGNATURE, bracket_end, first_sentence, line_end
 
 FAMILIES = ("constant", "parameters", "class", "docstring")
-MAX_LITERAL, MAX_SIGNATURE, MAX_SENTENCE, MAX_QUOTE = 60, 160, 200, 240
+MAX_LITERAL = 60
 
 _HEADER = re.compile(r"# (.+?):(\d+)(?= |$)")
 _ENTRY = re.compile(r" method (\w+) in class ([\w.]+)(?=,|$)")
@@ -24,9 +25,6 @@ _DEF = re.compile(r"^( *)(?:async )?(def (\w+)\()", re.M)
 _CLASS = re.compile(r"^( *)class (\w+)", re.M)
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+(\S[^\n]*?)[ \t]*(?:/\*[^\n]*|//[^\n]*)?$", re.M)
 _TOP_LEVEL = re.compile(r"^[^\s#)\]}]", re.M)
-_DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
-_TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|#[^\n]*|[()\[\]{}]")
 _NUMBER_NODES = (ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.operator, ast.unaryop, ast.Load)
 
 
@@ -137,34 +135,18 @@ def _functions(text: str) -> list[Draft]:
     drafts: list[Draft] = []
     for found in _DEF.finditer(text):
         name, start = found.group(3), found.start(2)
-        end = _closing(text, found.end() - 1, start + MAX_SIGNATURE)
+        end = bracket_end(text, found.end() - 1, start + MAX_SIGNATURE)
         if end < 0:
             continue
         value, last = text[found.end() - 1 : end], line_end(text, end)
         if last - start <= MAX_QUOTE:
             evidence = whole_line(text, found.start())[:1] + text[found.start() : last]
             drafts.append(("parameters", name, text[start:last], evidence, value))
-        opened = _DOC_OPEN.match(text, end)
-        if not opened:
-            continue
-        stop = _SENTENCE_END.search(text, opened.end(), opened.end() + MAX_SENTENCE + 3)
-        if stop and stop.end() - opened.end() >= 12:
-            sentence, last = text[opened.end() : stop.end()], line_end(text, stop.end())
-            drafts.append(("docstring", name, text[start:last], text[found.start() : last], sentence))
+        spoken = first_sentence(text, end)
+        if spoken and spoken[1] - spoken[0] >= 12:
+            last = line_end(text, spoken[1])
+            drafts.append(("docstring", name, text[start:last], text[found.start() : last], text[slice(*spoken)]))
     return drafts
-
-
-def _closing(text: str, start: int, limit: int) -> int:
-    """Index just past the bracket that closes the one at `start`, -1 if it is not closed before `limit`."""
-    depth = 0
-    for found in _TOKEN.finditer(text, start, min(limit, len(text))):
-        if found.group() in "([{":
-            depth += 1
-        elif found.group() in ")]}":
-            depth -= 1
-            if depth == 0:
-                return found.end()
-    return -1
 
 
 def _classes(text: str) -> list[Draft]:

@@ -1,10 +1,4 @@
-"""Lines of a text: what answers quote ends where lines do, so that it ends where the text's tokens end."""
-
-
-def line_end(text: str, at: int) -> int:
-    """Where the line at `at` ends, without the blanks at its end (never before `at`)."""
-    end = text.find("\n", at)
-    return at + len(text[at : end if end >= 0 else len(text)].rstrip())
+"""Evidence that is a line of a text."""
 
 
 def whole_line(text: str, start: int) -> str:

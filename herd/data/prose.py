@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from random import Random
 
-from herd.data.lines import line_end
 from herd.data.phrasings import PROSE
 from herd.data.question import Question
+from herd.prompt.quotes import line_end
 
 FAMILIES = ("option", "definition")
 MAX_QUOTE = 220

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-NOT_IN_CONTEXT = "not in the context"
+from herd.prompt.quotes import NOT_IN_CONTEXT
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What an engine is asked for, and what it says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 from herd.config import TextConfig
 from herd.engine.sampler import Choice, Draws, Sampler
@@ -10,16 +12,22 @@ from herd.errors import PromptError
 from herd.model import KVRow
 
 Finish = Literal["stop", "length"]
+# Given the answer's ids so far, the logits [V] of the next one and the request's memory: logits to choose from.
+Guide = Callable[[Sequence[int], Tensor, KVRow], Tensor]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1."""
+    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1.
+
+    guide: changes the logits before each choice, for instance to leave out what may not come next (-inf).
+    """
 
     prompt: Sequence[int]
     max_tokens: int
     sampler: Sampler = field(default_factory=Sampler)
     eos_ids: Sequence[int] = ()
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -55,6 +63,11 @@ class Job:
     def answering(self) -> bool:
         """Whether the model has seen the prompt."""
         return self.seen >= len(self.request.prompt)
+
+    def guided(self, logits_V: Tensor) -> Tensor:
+        """Logits as the request's guide leaves them."""
+        guide = self.request.guide
+        return logits_V if guide is None else guide(self.ids[len(self.request.prompt) :], logits_V, self.row)
 
     def take(self, choice: Choice) -> Token:
         """Go on with the chosen token."""

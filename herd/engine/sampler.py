@@ -13,7 +13,7 @@ The order is that of transformers (`_get_logits_processor`), with the penalties 
 6. min_p: of these, those at least this share as likely as the most likely one (Nguyen et al. 2024);
 7. one draw.
 
-Temperature 0 takes the largest logit after step 2. Logprobs are of the logits as they come from the model.
+Temperature 0 takes the largest logit after step 2. Logprobs are of the logits as they come from the model, or from the request's guide.
 
 Shape suffixes: B sequences, V vocabulary, K tokens that are kept.
 """
@@ -159,8 +159,3 @@ def candidates(logits_V: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     probs_K = probs_V[ids_K]
     kept = (probs_K > 0) & (probs_K >= sampler.min_p * probs_K.max())
     return ids_K[kept], probs_K[kept] / probs_K[kept].sum()
-
-
-def choose(logits_BV: Tensor, draws: Sequence[Draws]) -> list[Choice]:
-    """The next token of each sequence, as each would choose alone."""
-    return [its.choose(logits_V) for its, logits_V in zip(draws, logits_BV, strict=True)]

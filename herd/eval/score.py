@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 
-from herd.data.question import NOT_IN_CONTEXT, Question
+from herd.data.question import Question
+from herd.prompt.quotes import NOT_IN_CONTEXT
 
 
 def squeeze(text: str) -> str:

@@ -15,6 +15,7 @@ from herd.errors import CheckpointError, PromptError
 from herd.prompt.template import ChatTemplate
 
 Message = Mapping[str, Any]
+_LONGEST = 32  # bytes of the longest token that `prefixes` looks for
 
 
 class Tokenizer:
@@ -97,6 +98,22 @@ class Tokenizer:
         """A decoder that takes one id at a time and never emits half a character."""
         return StreamDecoder(self, keep_special)
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether its tokens are strings of bytes, as GPT-2's and Llama 4's are: `raw` and `prefixes` need that."""
+        return all(self._core.token_to_id(_BYTE_CHARS[byte]) is not None for byte in b" \n" + bytes(range(0x21, 0x7F)))
+
+    def raw(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids, special tokens left out. Needs `byte_level`."""
+        special = set(self._special.values())
+        return bytes(_BYTES[char] for i in ids if i not in special for char in self._core.id_to_token(i))
+
+    def prefixes(self, data: bytes) -> list[int]:
+        """Every token that these bytes begin with, the shortest first. Needs `byte_level`."""
+        text, special = "".join(_BYTE_CHARS[byte] for byte in data[:_LONGEST]), set(self._special.values())
+        found = (self._core.token_to_id(text[:length]) for length in range(1, len(text) + 1))
+        return [i for i in found if i is not None and i not in special]
+
     def token_id(self, token: str) -> int:
         """Id of a token of the vocabulary, such as `<|im_end|>`. PromptError if there is none."""
         i = self._core.token_to_id(token)
@@ -128,6 +145,18 @@ class Tokenizer:
         for (text, _), ids in zip(self._special.items(), self.encode_batch(list(self._special)), strict=True):
             if special_ids & set(ids):
                 raise CheckpointError(f"tokenizer.json turns plain text into the special token {text!r}")
+
+
+def _byte_chars() -> str:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, GPT-2)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    chars = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    return "".join(chars[byte] for byte in range(256))
+
+
+_BYTE_CHARS = _byte_chars()
+_BYTES = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
 
 
 class StreamDecoder:

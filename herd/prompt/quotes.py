@@ -1,0 +1,182 @@
+"""What an answer may be when answers are quotes: the form that `herd.data` trains, as a set of strings.
+
+An answer names something that the question names, and goes on as a text does after it. It is one of
+
+- `NAME…`: a line from the name to the line's end;
+- `def NAME(…)…`: a signature, to the end of its last line;
+- `method NAME in class C`, as the headers of chunks say it;
+- `docs of NAME: def NAME(…)…`: a definition up to the end of the line where its docstring's first sentence ends;
+- `The A of E…`: a line that holds A, from E on, where A and E are words of the question; and in a next line the same
+  again, with words of this one for E;
+- any of these names, and ` is not in the context.`
+
+Strings are UTF-8 bytes, because tokens may end within a character.
+"""
+
+import re
+from collections.abc import Iterator
+
+NOT_IN_CONTEXT = "not in the context"
+ABSENT = f" is {NOT_IN_CONTEXT}."
+MAX_SIGNATURE, MAX_SENTENCE, MAX_QUOTE = 160, 200, 240
+
+_ATTRIBUTE_WORDS, _ENTITY_WORDS = 3, 7
+_TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|#[^\n]*|[()\[\]{}]")
+_DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
+_METHOD = re.compile(r"method \w+ in class [\w.]+")
+# Neither names nor phrases begin or end with these.
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be been by can could did do does for from give had has have how i in is it its may me might "
+    "must my of on or our please shall should some tell than that the their them then there these they this those to "
+    "us was we were what when where which while who whose why will with would you your".split()
+)
+# What a question asks with; not a name, unless there is no other.
+_ASKING_WORDS = frozenset(
+    "argument arguments call called class constant contain contains def define defined describe docs docstring explain "
+    "file find function hold holds know list look mean means method name named parameter parameters quote record say "
+    "says set setting show signature state store stored take takes use used value variable".split()
+)
+
+
+class Quotes:
+    """The answers to one question that the texts seen so far allow, narrowed down as one of them is said."""
+
+    def __init__(self, question: str) -> None:
+        self._names = _names(question)
+        self._attributes = [p for p in phrases(question, _ATTRIBUTE_WORDS) if "'s " not in p]
+        self._things = [p for e in phrases(question, _ENTITY_WORDS) for p in (e, f"the {e}") if _stands(question, p)]
+        self._texts: list[str] = []
+        self._said = b""
+        self._answers = dict[bytes, None]()  # an ordered set
+        for name in self._names:
+            for opening in ("", "def ", "method ", "docs of "):
+                self._add(opening + name + ABSENT)
+        self._add_things("", self._things, None)
+
+    def see(self, text: str) -> None:
+        """Allow quotes of one more text."""
+        self._texts.append(text)
+        for name in self._names:
+            for at in _places(text, name):
+                self._add(_line(text, at))
+                if text.startswith("def ", at - 4):
+                    self._add_definition(text, at - 4, name)
+                elif found := _METHOD.match(text, max(at - len("method "), 0)):
+                    self._add(found.group())
+        self._add_things("", self._things, text)
+
+    def go_on(self, said: bytes) -> list[bytes]:
+        """All answers that begin with `said`, which begins with what was said in the last call."""
+        self._said = said
+        self._answers = {answer: None for answer in self._answers if answer.startswith(said)}
+        if said in self._answers and said.startswith(b"The ") and b"\n" not in said and not said.endswith(ABSENT.encode()):
+            first = said.decode(errors="replace")
+            found = phrases(first, _ENTITY_WORDS)
+            for text in (None, *self._texts):
+                self._add_things(first + "\n", found, text)
+        return list(self._answers)
+
+    def _add(self, answer: str) -> None:
+        if (data := answer.encode(errors="replace")).startswith(self._said):
+            self._answers[data] = None
+
+    def _add_things(self, start: str, things: list[str], text: str | None) -> None:
+        """`The A of E…` with the lines of a text that hold both, or without one."""
+        for thing in things:
+            for line, rest in [("", ABSENT)] if text is None else _lines(text, thing):
+                for attribute in self._attributes:
+                    if attribute not in thing and thing not in attribute and _plain(attribute) in _plain(line or attribute):
+                        self._add(f"{start}The {attribute} of {thing}{rest}")
+
+    def _add_definition(self, text: str, at: int, name: str) -> None:
+        end = bracket_end(text, text.find("(", at), at + MAX_SIGNATURE)
+        if end < 0:
+            return
+        self._add(text[at : line_end(text, end)])
+        if sentence := first_sentence(text, end):
+            self._add(f"docs of {name}: {text[at : line_end(text, sentence[1])]}")
+
+
+def bracket_end(text: str, start: int, limit: int) -> int:
+    """Index just past the bracket that closes the one at `start`, -1 if it is not closed before `limit`."""
+    depth = 0
+    for found in _TOKEN.finditer(text, max(start, 0), min(limit, len(text))):
+        if found.group() in "([{":
+            depth += 1
+        elif found.group() in ")]}":
+            depth -= 1
+            if depth == 0:
+                return found.end()
+    return -1
+
+
+def first_sentence(text: str, signature_end: int) -> tuple[int, int] | None:
+    """Where the first sentence of the docstring after a signature begins and ends; None if there is none."""
+    opened = _DOC_OPEN.match(text, signature_end)
+    stop = opened and _SENTENCE_END.search(text, opened.end(), opened.end() + MAX_SENTENCE + 3)
+    return (opened.end(), stop.end()) if opened and stop else None
+
+
+def line_end(text: str, at: int) -> int:
+    """Where the line at `at` ends, without the blanks at its end (never before `at`)."""
+    end = text.find("\n", at)
+    return at + len(text[at : end if end >= 0 else len(text)].rstrip())
+
+
+def phrases(text: str, most: int) -> list[str]:
+    """Runs of at most so many whole words, without punctuation, possessive `'s` or function words at their ends."""
+    words = [(found.start(), found.end()) for found in re.finditer(r"\S+", text)]
+    found = dict[str, None]()
+    for i, (start, _) in enumerate(words):
+        for _, end in words[i : i + most]:
+            phrase = text[start:end].strip("`\"?!:;,.")
+            for said in (phrase, phrase.removesuffix("'s")):
+                if said and not {w.lower() for w in (said.split()[0], said.split()[-1])} & _FUNCTION_WORDS:
+                    found[said] = None
+    return list(found)
+
+
+def _names(question: str) -> list[str]:
+    """Words that may be identifiers; words of ordinary language only if there are no others."""
+    words = [word.strip("`'\"()[]{}.,:;?!*<>=") for word in question.split()]
+    names = list(dict.fromkeys(word for word in words if re.fullmatch(r"\w+", word)))
+    return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names
+
+
+def _stands(text: str, words: str) -> bool:
+    return next(_places(text, words, fold=True), None) is not None
+
+
+def _lines(text: str, words: str) -> Iterator[tuple[str, str]]:
+    """The lines of a text where words stand, and what follows them there."""
+    for at in _places(text, words, fold=True):
+        if rest := _line(text, at + len(words)):
+            yield text[text.rfind("\n", 0, at) + 1 : at + len(words)] + rest, rest
+
+
+def _plain(words: str) -> str:
+    """As written in an identifier or in prose: `build_id` is `build id`."""
+    return words.lower().replace("_", " ")
+
+
+def _line(text: str, at: int) -> str:
+    """The line from here on."""
+    return text[at : line_end(text, at)][:MAX_QUOTE]
+
+
+def _places(text: str, words: str, *, fold: bool = False) -> Iterator[int]:
+    """Where words stand as a whole; fold: whatever their case."""
+    folded, words = (text.lower(), words.lower()) if fold else (text, words)
+    if len(folded) != len(text):  # some letters have another length in lower case
+        folded = text
+    at = folded.find(words)
+    while at >= 0:
+        before, after = folded[at - 1 : at] if at else "", folded[at + len(words) : at + len(words) + 1]
+        if not (_in_word(before) and _in_word(words[0])) and not (_in_word(after) and _in_word(words[-1])):
+            yield at
+        at = folded.find(words, at + 1)
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
