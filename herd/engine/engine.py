@@ -21,8 +21,8 @@ PROMPT_TOKENS = 1024  # of a step; bounds its memory and how long answers wait f
 class Engine:
     """Runs requests together. Each gets the tokens it would get alone.
 
-    That holds up to the rounding of matrix products, whose order of sums depends on the size of a batch: attention and
-    sampling do not depend on it. An engine belongs to one thread.
+    That holds up to the rounding of matrix products, whose order of sums depends on the size of a batch. An engine
+    belongs to one thread.
     """
 
     def __init__(

@@ -30,6 +30,7 @@ class Request:
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt))  # the caller may go on with its list
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens is {self.max_tokens}; an answer has at least one token")
 

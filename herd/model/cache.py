@@ -5,15 +5,20 @@ heads, d head_dim.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from herd.config import TextConfig
 from herd.kernels import attend
 
 _QUERIES = 256  # that are compared with all keys at a time; bounds the memory of a long prompt
+# Sequences that go on by one token are put together where starting an operation for each costs more than copying their
+# keys and values: up to so many tokens, by length, so that little is padding.
+_SHORT, _BUCKET = 512, 64
 
 
 class Cache(Protocol):
@@ -130,8 +135,30 @@ def _attend_to_the_past(q_THd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> list[tup
     return parts
 
 
+@dataclass(frozen=True)
+class _One:
+    """The one new token of a sequence: where it stands in the flattened batch, and all that it sees."""
+
+    at: slice
+    k_SGd: Tensor
+    v_SGd: Tensor
+
+
+def _attend_one_each(q_BHd: Tensor, ones: list[_One]) -> tuple[Tensor, Tensor]:
+    """(out [B, H, d], lse [B, H]) of the new token of each sequence."""
+    if len(ones) == 1:
+        out_BTHd, lse_BTH = attend(q_BHd.unsqueeze(1), ones[0].k_SGd[None], ones[0].v_SGd[None], None)
+    else:
+        k_BSGd = pad_sequence([one.k_SGd for one in ones], batch_first=True)
+        v_BSGd = pad_sequence([one.v_SGd for one in ones], batch_first=True)
+        seen_B1 = torch.tensor([[len(one.k_SGd)] for one in ones], device=q_BHd.device)
+        mask_BS = torch.arange(k_BSGd.shape[1], device=q_BHd.device) < seen_B1
+        out_BTHd, lse_BTH = attend(q_BHd.unsqueeze(1), k_BSGd, v_BSGd, mask_BS.unsqueeze(1))
+    return out_BTHd[:, 0], lse_BTH[:, 0]
+
+
 class KVRows:
-    """The cache of forward passes over some sequences. Each attends alone, so it does not depend on its company.
+    """The cache of forward passes over some sequences, each of which sees its own keys and values only.
 
     counts None: row b of the batch goes on with sequence b; position -1 marks padding, right of its tokens. Otherwise
     the batch is one row without padding: counts[i] tokens of sequence i, one sequence after the other.
@@ -153,9 +180,18 @@ class KVRows:
         q_NHd, k_NGd, v_NGd = q_BTHd.flatten(0, 1), k_BTGd.flatten(0, 1), v_BTGd.flatten(0, 1)
         out_NHd = torch.zeros(q_NHd.shape, device=q_NHd.device)
         lse_NH = torch.full(q_NHd.shape[:2], -torch.inf, device=q_NHd.device)
+        buckets: dict[int, list[_One]] = {}
         for row, (span, position) in zip(self.rows, self.spans(positions_BT), strict=True):
-            if span.stop > span.start:
+            if span.stop == span.start + 1:
+                k_SGd, v_SGd = row.remember(layer, k_NGd[span], v_NGd[span], position)
+                buckets.setdefault(-(-len(k_SGd) // _BUCKET), []).append(_One(span, k_SGd, v_SGd))
+            elif span.stop > span.start:
                 out_NHd[span], lse_NH[span] = row.attend(layer, q_NHd[span], k_NGd[span], v_NGd[span], position)
+        for bucket, ones in buckets.items():
+            together = len(ones) > 1 and bucket * _BUCKET <= _SHORT
+            for group in [ones] if together else [[one] for one in ones]:
+                at_B = torch.tensor([one.at.start for one in group], device=q_NHd.device)
+                out_NHd[at_B], lse_NH[at_B] = _attend_one_each(q_NHd[at_B], group)
         return out_NHd.view_as(q_BTHd), lse_NH.view(q_BTHd.shape[:3])
 
     def spans(self, positions_BT: Tensor) -> list[tuple[slice, int]]:

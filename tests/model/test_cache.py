@@ -174,6 +174,25 @@ def test_tokens_side_by_side_equal_sequences_alone(model: Transformer, lengths: 
         torch.testing.assert_close(torch.cat(parts), model(ids[row : row + 1])[0], **CLOSE)
 
 
+@torch.inference_mode()
+def test_one_token_each_of_short_and_long_sequences(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that share a bucket are put together, those in no company or too long are not."""
+    monkeypatch.setattr("herd.model.cache._BUCKET", 4)
+    monkeypatch.setattr("herd.model.cache._SHORT", 12)
+    lengths, ids = [1, 2, 3, 6, 9, 10, 17, 18], tokens(8, 24)
+    cache = KVCache(model.config)
+    rows = [cache.open(24) for _ in lengths]
+    prompts = torch.cat([ids[i, :length] for i, length in enumerate(lengths)])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    model(prompts[None], positions[None], cache.rows(rows, lengths))
+    for step in range(6):
+        at = torch.tensor(lengths) + step
+        new = ids[torch.arange(8), at]
+        logits = model(new[None], at[None], cache.rows(rows, [1] * 8))[0]
+        for row, place in enumerate(at.tolist()):
+            torch.testing.assert_close(logits[row], model(ids[row : row + 1])[0, place], **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, CHUNK, 3 * CHUNK + 5])
 @torch.inference_mode()
