@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
     64 or that many inputs; contexts are bound to it, too. CheckpointError or ConfigError if there is no such model or
     it cannot be loaded.
     """
-    folder, weights = find_model(path_or_name), _weights_of(path_or_name)
+    folder, weights = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
@@ -81,23 +82,23 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
     return Model(folder, transformer.config, Tokenizer.load(folder), transformer, identity)
 
 
-def find_model(path_or_name: str | Path) -> Path:
-    """The folder of a model. A folder named like the model wins over the name."""
-    name = str(path_or_name)
-    if _weights_of(name) is not None:
-        name = name.rpartition("@")[0]
-    return cria_path() if name == "cria" and not Path(name).exists() else Path(name)
+class Found(NamedTuple):
+    """What a model's name stands for: its folder, and the bits and group its weights are asked for in, if they are."""
+
+    folder: Path
+    weights: tuple[int, int] | None
 
 
 _WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
 
 
-def _weights_of(path_or_name: str | Path) -> tuple[int, int] | None:
-    """Bits and group that a name asks for, None if it asks for none or is a folder's own."""
-    asked = _WEIGHTS.search(str(path_or_name))
-    if asked is None or Path(path_or_name).exists():
-        return None
-    return int(asked.group(1)), int(asked.group(2) or 64)
+def find_model(path_or_name: str | Path) -> Found:
+    """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
+    name, weights = str(path_or_name), None
+    asked = _WEIGHTS.search(name)
+    if asked is not None and not Path(name).exists():
+        name, weights = name[: asked.start()], (int(asked[1]), int(asked[2] or 64))
+    return Found(cria_path() if name == "cria" and not Path(name).exists() else Path(name), weights)
 
 
 @dataclass(frozen=True)
