@@ -19,7 +19,7 @@ EXAMPLES = examples(
 
 def command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="needle, lookup, context or perplexity.")],
-    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M.")] = "",
+    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M; not for perplexity.")] = "",
     trials: Annotated[int | None, typer.Option(help="Questions per length. Default: the published number.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses sources, questions and needles.")] = 0,
     kv: KvOption = None,
@@ -45,7 +45,7 @@ def command(
             workdir=work_dir,
             progress=note,
             seed=seed,
-            kv=kv or "int8",
+            kv=kv,
             with_base=base,
         )
     if as_json:

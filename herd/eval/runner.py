@@ -23,19 +23,22 @@ def run(
     workdir: Path,
     progress: corpus.Progress = print,
     seed: int = 0,
-    kv: str = "int8",
+    kv: str | None = None,
     with_base: bool = True,
 ) -> report.Result:
     """Run evaluation `name` at each length and return (and write to `out`) one result.
 
     trials: needles, questions or windows; None takes the published number. workdir keeps sources and contexts, so
-    that a second run reads nothing again. kv: the format of contexts. with_base: also measure the unchanged base model
-    (slow for lookup). ConfigError for an unknown name or no length.
+    that a second run reads nothing again. kv: the format of contexts; None is int8. with_base: also measure the
+    unchanged base model (slow for lookup). ConfigError for an unknown name, no length, or what the evaluation ignores.
     """
     if name not in NAMES:
         raise ConfigError(f"no evaluation is called {name!r}; choose one of {', '.join(NAMES)}")
     if not lengths and name != "perplexity":
         raise ConfigError(f"evaluation {name} needs at least one length, like 128K or 1M")
+    if name == "perplexity" and (lengths or kv is not None):
+        raise ConfigError("perplexity is measured without a context; leave --length and --kv out")
+    kv = kv or "int8"
     count = _TRIALS[name] if trials is None else trials
     if count < 1:
         raise ConfigError(f"trials is {count}; it must be at least 1")

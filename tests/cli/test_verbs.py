@@ -310,6 +310,7 @@ def test_train_and_eval_refuse_what_is_not_there(
     options = ("--model", tiny_model, "--work-dir", tmp_path / "work")
     assert "no evaluation is called 'nedle'" in fails(capsys, "eval", "nedle", *options)
     assert "length" in fails(capsys, "eval", "needle", *options)
+    assert "leave --length and --kv out" in fails(capsys, "eval", "perplexity", "--kv", "int4", *options)
 
 
 def _next_or_eof(lines: Iterator[str]) -> str:
