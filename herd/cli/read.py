@@ -9,6 +9,7 @@ import herd
 from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, print_json
 from herd.cli.progress import reading
 from herd.cli.report import context_json, print_report, tokens_per_s
+from herd.context.limits import MAX_BYTES
 
 NAME = "read"
 EXAMPLES = examples(
@@ -16,20 +17,18 @@ EXAMPLES = examples(
     "herd read . --context ./ctx --kv int4 --json",
     "git log -p | herd read - --context ./ctx",
 )
+LIMIT = f"A file of more than {MAX_BYTES >> 20} MiB is not read but listed as skipped; split it."
 KEPT = "what was read so far is kept; the same command goes on from there"
 
 
 def command(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for stdin.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=f"Files, folders, or - for stdin. {LIMIT}")],
     context: Annotated[Path, typer.Option("--context", "-c", metavar="DIR", help="The context; made if missing.")],
     kv: KvOption = None,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
-    """Read files and folders into a durable context. What did not change is not read again.
-
-    A file of more than 64 MiB is not read but listed as skipped; split it.
-    """
+    """Read files and folders into a durable context. What did not change is not read again."""
     opened = herd.Context.open(context, herd.load(model), kv=kv)
     with interruptible(KEPT), reading() as progress:
         report = opened.read(paths, progress=progress)

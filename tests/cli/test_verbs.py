@@ -14,6 +14,7 @@ import pytest
 import herd
 from herd.cli.main import app, run
 from herd.config import MAVERICK, SCOUT
+from herd.context.limits import MAX_BYTES
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
 
 VERBS = ["ask", "read", "context", "chat", "upcycle", "train", "eval", "info"]
@@ -52,6 +53,13 @@ def test_every_verb_is_there_with_examples(capsys: pytest.CaptureFixture[str]) -
         assert f"\n  {verb} " in overview
         assert run([verb, "--help"]) == 0
         assert f"Examples:\n    herd {verb}" in capsys.readouterr().out
+
+
+def test_the_limit_of_a_file_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    limit = f"{MAX_BYTES >> 20} MiB"
+    assert run(["read", "--help"]) == 0
+    assert limit in " ".join(capsys.readouterr().out.split())
+    assert limit in (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
 
 
 def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
