@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import herd
 from herd import api
+from herd.errors import ContextError
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,32 @@ def test_a_name_stands_for_a_folder_and_a_format_of_weights(
     assert api.find_model(name) == (Path(folder), weights)
     Path(name).mkdir(parents=True)
     assert api.find_model(name) == (Path(name), None), "a folder of this name wins"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    file = tmp_path / "gate.txt"
+    file.write_text("The code of the north gate is 4711.\n")
+    return file
+
+
+def read_into(folder: Path, model: herd.Model, file: Path) -> herd.Context:
+    context = herd.Context.open(folder, model)
+    context.read([file])
+    return context
+
+
+def test_contexts_of_two_models_are_not_asked_together(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    first = read_into(tmp_path / "first", herd.load(tiny_model), notes)
+    second = read_into(tmp_path / "second", herd.load(f"{tiny_model}@int8:8"), notes)
+    with pytest.raises(ContextError, match=r"second was read by another model than .*first; ask them apart"):
+        first.ask("What is the code?", also=[second])
+
+
+def test_a_context_named_twice_is_not_asked(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = herd.load(tiny_model)
+    first = read_into(tmp_path / "first", model, notes)
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    for again in (first, herd.Context.open(tmp_path / "link", model)):
+        with pytest.raises(ContextError, match="named twice"):
+            first.ask("What is the code?", also=[again])
