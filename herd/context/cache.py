@@ -36,7 +36,7 @@ class ContextCache:
     """
 
     def __init__(self, stores: Sequence[Store], cfg: TextConfig, batch: int) -> None:
-        self.cfg = cfg
+        self.cfg, self._stores = cfg, stores
         self.start_position = sum(store.end_position for store in stores)
         self._own = KVCache(cfg)
         self._runs = [run for store in stores for run in runs(store)]
@@ -49,6 +49,7 @@ class ContextCache:
         """See herd.model.cache.Cache."""
         if self.cfg.is_local(layer) or not self._runs:
             return self._own.attend(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
+        self._check_files()
         own_BTHd, own_BTH = self._own.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
@@ -59,6 +60,10 @@ class ContextCache:
         own_BTHd[real_BT] = out_NHd
         self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT.cpu())
         return own_BTHd.to(q_BTHd.dtype)
+
+    def _check_files(self) -> None:
+        for store in self._stores:
+            store.check_files()
 
     def _record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
         real_BT = positions_BT >= 0
@@ -84,6 +89,7 @@ class ContextCache:
 
     def chunk_mass(self, row: int, at_least: float) -> dict[tuple[Store, int], float]:
         """Attention of each live chunk of the runs that received at least this much; the heaviest block always."""
+        self._check_files()
         mass_K = self._mass_BK[row]
         chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
         places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
