@@ -1,0 +1,58 @@
+"""Ctrl-C at any moment ends the command with one line that says what is kept, and exit code 130."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import herd
+from herd.cli.main import run
+from tests.cli.running import fails
+
+
+def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
+    for i in range(48):
+        (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
+    context = notes.parent / "ctx"
+    command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(6000):
+        if len(list(context.glob("*.kv"))) > 1 or child.poll() is not None:
+            break
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == "interrupted: what was read so far is kept; the same command goes on from there\n"
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)["context"]
+    assert 0 < result["read_tokens"] < result["tokens"]
+
+
+def test_an_interrupted_answer_ends_its_line(
+    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*args: object, on_text: Callable[[str], None], **options: object) -> None:
+        on_text("The co")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(herd.Context, "ask", ask)
+    args = ("ask", "q", notes, "--context", notes.parent / "ctx", "--model", tiny_model)
+    assert run([str(a) for a in args]) == 130
+    out, err = capsys.readouterr()
+    assert out == "The co\n"
+    assert err.endswith("\ninterrupted: the context is kept; ask again any time\n")
+
+
+def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("herd.cli.info.installation", interrupted)
+    assert "nothing was changed" in fails(capsys, "info", code=130)
