@@ -69,8 +69,7 @@ def command(
         try:
             answer = opened.ask(question, also=also, max_tokens=max_tokens, on_text=out)
         finally:
-            if out.first is not None:
-                out.end()
+            out.end()
     done = time.perf_counter() - STARTED
     timing = {
         "read_s": report.seconds if report else 0.0,

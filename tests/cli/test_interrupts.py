@@ -35,19 +35,35 @@ def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
     assert 0 < result["read_tokens"] < result["tokens"]
 
 
-def test_an_interrupted_answer_ends_its_line(
-    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ask(*args: object, on_text: Callable[[str], None], **options: object) -> None:
-        on_text("The co")
-        raise KeyboardInterrupt
+def breaks_off(*args: object, on_text: Callable[[str], None], **options: object) -> None:
+    on_text("The co")
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(herd.Context, "ask", ask)
-    args = ("ask", "q", notes, "--context", notes.parent / "ctx", "--model", tiny_model)
-    assert run([str(a) for a in args]) == 130
-    out, err = capsys.readouterr()
-    assert out == "The co\n"
-    assert err.endswith("\ninterrupted: the context is kept; ask again any time\n")
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("ask q --context CTX", "the context is kept; ask again any time"),
+        ("chat --context CTX", "the conversation is not kept; a context is left as it was"),
+        ("chat", "the conversation is not kept; a context is left as it was"),
+    ],
+)
+def test_an_interrupted_answer_ends_its_line(
+    command: str,
+    kept: str,
+    capsys: pytest.CaptureFixture[str],
+    notes: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, model = str(notes.parent / "ctx"), ("--model", str(tiny_model))
+    assert run(["read", str(notes), "--context", context, *model]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(herd.Context, "ask", breaks_off)
+    monkeypatch.setattr(herd.Model, "generate", breaks_off)
+    monkeypatch.setattr("builtins.input", lambda prompt: "Hello")
+    assert run([*command.replace("CTX", context).split(), *model]) == 130
+    assert capsys.readouterr() == ("The co\n", f"interrupted: {kept}\n")
 
 
 def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
