@@ -72,3 +72,25 @@ def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], mon
 
     monkeypatch.setattr("herd.cli.info.installation", interrupted)
     assert "nothing was changed" in fails(capsys, "info", code=130)
+
+
+@pytest.mark.parametrize("moment", ["typer", "torch"])
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "herd"], [str(Path(sys.executable).with_name("herd"))]])
+def test_an_interrupt_at_start_up_is_one_line(command: list[str], moment: str, tmp_path: Path) -> None:
+    """The module that is imported at this moment is replaced by one that Ctrl-C hits."""
+    (tmp_path / f"{moment}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*command, "info"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted: nothing was changed\n")
+
+
+def test_an_interrupt_at_the_prompt_of_a_chat_ends_its_line(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert run(["chat", "--model", str(tiny_model)]) == 130
+    assert capsys.readouterr().err.startswith("\ninterrupted: ")
