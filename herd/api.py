@@ -18,6 +18,7 @@ from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
 from herd.context.cache import ContextCache
 from herd.context.citations import Citation, cite
+from herd.context.limits import too_long
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Sampler
@@ -152,6 +153,11 @@ class Context:
         """(name, reason) of everything that was found and not read."""
         return list(self._store.skipped)
 
+    @property
+    def too_long(self) -> str | None:
+        """Why no question can be asked about it and what helps, in one line; None if one can."""
+        return too_long([self._store], self._model.config.max_position_embeddings)
+
     def read(self, paths: Iterable[str | Path], *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
         """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
 
@@ -170,7 +176,8 @@ class Context:
         """Answer one question, greedily; on_text is called with each new piece of text.
 
         also: further contexts of the same model, which count as if they had been read into this one. ContextError if
-        one of them is empty. PromptError if contexts, question and answer need more positions than the model has.
+        one of them is empty, or if they have more chunks than the model has positions for (`too_long`). PromptError if
+        question and answer need more positions than are left.
         """
         return self._ask([question], also, max_tokens, on_text)[0]
 
@@ -191,8 +198,11 @@ class Context:
                 raise ContextError(f"{context.folder} was read by another model than {self.folder}; ask them apart")
         if len({context.folder.resolve() for context in contexts}) < len(contexts):
             raise ContextError("the same context is named twice; name each once")
+        stores = [context._store for context in contexts]
+        if (reason := too_long(stores, self._model.config.max_position_embeddings)) is not None:
+            raise ContextError(reason)
         tokenizer = self._model.tokenizer
-        cache = ContextCache([context._store for context in contexts], self._model.config, len(questions))
+        cache = ContextCache(stores, self._model.config, len(questions))
         text = tokenizer.stream()
         rows: list[list[int]] = [[] for _ in questions]
         stream = engine.stream(

@@ -7,7 +7,7 @@ import pytest
 
 import herd
 from herd import api
-from herd.errors import ContextError
+from herd.errors import ContextError, PromptError
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,28 @@ def test_a_context_cut_under_its_reader_is_an_error(notes: Path, tiny_model: Pat
     os.truncate(segment, size - 1)
     with pytest.raises(ContextError, match=f"{size - 1:,} bytes instead of {size:,}; run `herd context compact"):
         context.ask("What is the code?", max_tokens=2)
+
+
+def test_a_context_of_more_chunks_than_positions_says_what_helps(short_model: Path, tmp_path: Path) -> None:
+    model, files = herd.load(short_model), [tmp_path / f"{name}.txt" for name in "abc"]
+    for file in files:
+        file.write_text(f"The code of gate {file.stem} is 4711.\n")
+    context = herd.Context.open(tmp_path / "ctx", model)
+    context.read(files[:2])
+    assert context.too_long is None and context.ask("Which code?", max_tokens=2).citations
+    with pytest.raises(PromptError, match="this model has 1,536; shorten the prompt or allow fewer new tokens"):
+        context.ask("Which code?", max_tokens=512)
+    other = read_into(tmp_path / "other", model, files[2])
+    with pytest.raises(ContextError, match=r"2 contexts have 3 chunks, and .* about 2 at most; ask fewer at a time"):
+        context.ask("Which code?", also=[other])
+
+    context.read(files)
+    assert context.too_long is not None and "ctx has 3 chunks" in context.too_long
+    with pytest.raises(ContextError, match="ask each by itself, or join small files first") as refused:
+        context.ask("Which code?", max_tokens=2)
+    assert str(refused.value) == context.too_long
+
+    joined = tmp_path / "joined.txt"
+    joined.write_text("".join(file.read_text() for file in files))
+    assert read_into(tmp_path / "fewer", model, joined).ask("Which code?", max_tokens=2).citations
+    assert other.ask("Which code?", max_tokens=2).citations

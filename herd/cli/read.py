@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import herd
-from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, print_json
+from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, note, print_json
 from herd.cli.progress import reading
 from herd.cli.report import context_json, print_report, tokens_per_s
 from herd.context.limits import MAX_BYTES
@@ -34,6 +34,8 @@ def command(
         report = opened.read(paths, progress=progress)
     if as_json:
         timing = {"read_s": report.seconds, "read_tokens_per_s": tokens_per_s(report)}
-        print_json({"context": context_json(opened, report), "timing": timing})
-    else:
-        print_report(report)
+        print_json({"context": context_json(opened, report), "timing": timing, "warning": opened.too_long})
+        return
+    print_report(report)
+    if opened.too_long is not None:
+        note(f"warning: {opened.too_long}")

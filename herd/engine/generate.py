@@ -134,5 +134,5 @@ def check_prompts(cfg: TextConfig, prompts: Sequence[Sequence[int]], others: int
         if len(prompt) + others > limit:
             raise PromptError(
                 f"prompt {row} needs {len(prompt) + others:,} positions (context, prompt and answer); "
-                f"this model has {limit:,}"
+                f"this model has {limit:,}; shorten the prompt or allow fewer new tokens"
             )

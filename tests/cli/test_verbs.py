@@ -114,6 +114,20 @@ def test_read(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path)
     assert out == "" and "read 0 in" in err
 
 
+def test_a_context_too_long_to_be_asked_is_told_when_it_is_read(
+    capsys: pytest.CaptureFixture[str], notes: Path, short_model: Path
+) -> None:
+    context = notes.parent / "ctx"
+    rest = ("--context", context, "--model", short_model)
+    assert run_json(capsys, "read", notes, *rest, "--json")["warning"] is None
+    (notes / "one.txt").write_text("One file more than there is room for.\n")
+    assert run([str(a) for a in ("read", notes, *rest)]) == 0
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"warning: {context} has 3 chunks, and this model can be asked about 2 at most; read parts")
+    assert f"warning: {run_json(capsys, 'read', notes, *rest, '--json')['warning']}" == told
+    assert fails(capsys, "ask", "q", *rest) == told.replace("warning", "error") + "\n"
+
+
 def test_context_verbs(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
     context, archive, other = (notes.parent / name for name in ("ctx", "ctx.herd", "other"))
     model = ("--model", tiny_model)
