@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
+from herd.context.limits import too_long
 from herd.context.quoting import Quoting
 from herd.context.read import Progress, ReadReport, read
 from herd.context.store import SourceInfo, Store, spec_for
@@ -103,7 +105,7 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
     64 or that many inputs; contexts are bound to it, too. CheckpointError or ConfigError if there is no such model or
     it cannot be loaded.
     """
-    folder, weights = find_model(path_or_name), _weights_of(path_or_name)
+    folder, weights = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
@@ -112,23 +114,23 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
     return Model(folder, transformer.config, Tokenizer.load(folder), transformer, identity)
 
 
-def find_model(path_or_name: str | Path) -> Path:
-    """The folder of a model. A folder named like the model wins over the name."""
-    name = str(path_or_name)
-    if _weights_of(name) is not None:
-        name = name.rpartition("@")[0]
-    return cria_path() if name == "cria" and not Path(name).exists() else Path(name)
+class Found(NamedTuple):
+    """What a model's name stands for: its folder, and the bits and group its weights are asked for in, if they are."""
+
+    folder: Path
+    weights: tuple[int, int] | None
 
 
 _WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
 
 
-def _weights_of(path_or_name: str | Path) -> tuple[int, int] | None:
-    """Bits and group that a name asks for, None if it asks for none or is a folder's own."""
-    asked = _WEIGHTS.search(str(path_or_name))
-    if asked is None or Path(path_or_name).exists():
-        return None
-    return int(asked.group(1)), int(asked.group(2) or 64)
+def find_model(path_or_name: str | Path) -> Found:
+    """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
+    name, weights = str(path_or_name), None
+    asked = _WEIGHTS.search(name)
+    if asked is not None and not Path(name).exists():
+        name, weights = name[: asked.start()], (int(asked[1]), int(asked[2] or 64))
+    return Found(cria_path() if name == "cria" and not Path(name).exists() else Path(name), weights)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ class Context:
         """(name, reason) of everything that was found and not read."""
         return list(self._store.skipped)
 
+    @property
+    def too_long(self) -> str | None:
+        """Why no question can be asked about it and what helps, in one line; None if one can."""
+        return too_long([self._store], self._model.config.max_position_embeddings)
+
     def read(self, paths: Iterable[str | Path], *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
         """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
 
@@ -206,7 +213,8 @@ class Context:
         quote: hold the answer to a quote of what the model looks at, or to `... is not in the context.`; False: the
         model's own words, whether they stand anywhere or not.
         also: further contexts of the same model, which count as if they had been read into this one. ContextError if
-        one of them is empty. PromptError if contexts, question and answer need more positions than the model has.
+        one of them is empty, or if they have more chunks than the model has positions for (`too_long`). PromptError if
+        question and answer need more positions than are left.
         """
         return self._ask([question], also, max_tokens, quote, on_text)[0]
 
@@ -227,9 +235,12 @@ class Context:
                 raise ContextError(f"{context.folder} was read by another model than {self.folder}; ask them apart")
         if len({context.folder.resolve() for context in contexts}) < len(contexts):
             raise ContextError("the same context is named twice; name each once")
+        stores = [context._store for context in contexts]
+        if (reason := too_long(stores, self._model.config.max_position_embeddings)) is not None:
+            raise ContextError(reason)
         model, tokenizer = self._model, self._model.tokenizer
         dtype = model.transformer.model.embed_tokens.weight.dtype
-        cache = ContextCache([context._store for context in contexts], model.config, dtype)
+        cache = ContextCache(stores, model.config, dtype)
         engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
         quote = quote and tokenizer.byte_level
         for question in questions:

@@ -1,6 +1,7 @@
 """Settings of all tests, and a tiny model folder with random weights for what stands on a model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,4 +65,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.save(str(folder / "tokenizer.json"))
     settings = {"chat_template": TEMPLATE, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def short_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with chunks of 512 tokens and positions for two of them and a question."""
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    few = {"attention_chunk_size": 512, "max_position_embeddings": 3 * 512}
+    (folder / "config.json").write_text(json.dumps({**config, **few}))
     return folder

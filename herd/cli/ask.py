@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import herd
-from herd.cli.output import STARTED, JsonFlag, ModelOption, examples, interruptible, note, print_json
+from herd.cli.output import STARTED, FreeFlag, JsonFlag, ModelOption, examples, interruptible, note, print_json
 from herd.cli.progress import reading
 from herd.cli.read import KEPT
 from herd.cli.report import TextOut, citation_json, context_json, print_citations, print_report, tokens_per_s
@@ -39,6 +39,7 @@ def command(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    free: FreeFlag = False,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
@@ -67,10 +68,9 @@ def command(
     out = _Clocked(quiet=as_json)
     with interruptible("the context is kept; ask again any time"):
         try:
-            answer = opened.ask(question, also=also, max_tokens=max_tokens, on_text=out)
+            answer = opened.ask(question, also=also, max_tokens=max_tokens, quote=not free, on_text=out)
         finally:
-            if out.first is not None:
-                out.end()
+            out.end()
     done = time.perf_counter() - STARTED
     timing = {
         "read_s": report.seconds if report else 0.0,
@@ -99,6 +99,7 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "answer": answer.text,
+        "quoted": answer.quoted,
         "citations": [citation_json(citation, with_context=bool(also)) for citation in answer.citations],
         "missed_mass": answer.missed_mass,
         "context": context,

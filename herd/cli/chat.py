@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import herd
-from herd.cli.output import Interrupted, JsonFlag, ModelOption, examples, print_json
+from herd.cli.output import FreeFlag, Interrupted, JsonFlag, ModelOption, examples, note, print_json
 from herd.cli.report import TextOut, citation_json, print_citations
 from herd.errors import PromptError
 
@@ -27,6 +27,7 @@ def command(
     min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said before is less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    free: FreeFlag = False,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
@@ -47,14 +48,16 @@ def command(
         for line in _lines():
             out = TextOut(quiet=as_json)
             turns.append({"role": "user", "content": line})
-            if opened is not None:
-                answer = opened.ask(line, max_tokens=max_tokens, on_text=out)
-                reply = {"content": answer.text, "citations": [citation_json(c) for c in answer.citations]}
-            else:
-                ids = loaded.tokenizer.chat([{"role": t["role"], "content": t["content"]} for t in turns])
-                new = loaded.generate(ids, max_tokens=max_tokens, sampler=sampler, on_text=out)
-                reply = {"content": new.text}
-            out.end()
+            try:
+                if opened is not None:
+                    answer = opened.ask(line, max_tokens=max_tokens, quote=not free, on_text=out)
+                    reply = {"content": answer.text, "citations": [citation_json(c) for c in answer.citations]}
+                else:
+                    ids = loaded.tokenizer.chat([{"role": t["role"], "content": t["content"]} for t in turns])
+                    new = loaded.generate(ids, max_tokens=max_tokens, sampler=sampler, on_text=out)
+                    reply = {"content": new.text}
+            finally:
+                out.end()
             if opened is not None and not as_json:
                 print_citations(answer)
             turns.append({"role": "assistant", **reply})
@@ -72,5 +75,9 @@ def _lines() -> Iterator[str]:
             line = input(prompt).strip()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if prompt:
+                note("")  # ends the line of the prompt
+            raise
         if line:
             yield line

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import herd
-from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, note, print_json
+from herd.cli.output import FreeFlag, JsonFlag, KvOption, ModelOption, examples, interruptible, note, print_json
 
 NAME = "eval"
 EXAMPLES = examples(
@@ -19,10 +19,11 @@ EXAMPLES = examples(
 
 def command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="needle, lookup, context or perplexity.")],
-    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M.")] = "",
+    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M; not for perplexity.")] = "",
     trials: Annotated[int | None, typer.Option(help="Questions per length. Default: the published number.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses sources, questions and needles.")] = 0,
     kv: KvOption = None,
+    free: FreeFlag = False,
     base: Annotated[bool, typer.Option(help="Also measure the unchanged base model.")] = True,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result here as JSON.")] = None,
     work_dir: Annotated[
@@ -45,7 +46,8 @@ def command(
             workdir=work_dir,
             progress=note,
             seed=seed,
-            kv=kv or "int8",
+            kv=kv,
+            quote=not free,
             with_base=base,
         )
     if as_json:

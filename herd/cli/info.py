@@ -55,7 +55,7 @@ def describe(name: str) -> dict[str, Any]:
     from herd.api import find_model
     from herd.checkpoint import read_config
 
-    folder = find_model(name)
+    folder = find_model(name).folder
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {"model": str(folder), **_architecture(read_config(folder)), "weight_bytes": weights}
 

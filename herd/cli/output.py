@@ -23,6 +23,9 @@ ModelOption = Annotated[
         help="cria, or a folder in Hugging Face's Llama 4 layout; @int8 or @int4 after it quantises the weights.",
     ),
 ]
+FreeFlag = Annotated[
+    bool, typer.Option("--free", help="Answer in the model's own words, not held to quotes of what it looks at.")
+]
 KvOption = Annotated[
     str | None,
     typer.Option(

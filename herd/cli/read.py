@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 import herd
-from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, print_json
+from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, note, print_json
 from herd.cli.progress import reading
 from herd.cli.report import context_json, print_report, tokens_per_s
+from herd.context.limits import MAX_BYTES
 
 NAME = "read"
 EXAMPLES = examples(
@@ -16,25 +17,25 @@ EXAMPLES = examples(
     "herd read . --context ./ctx --kv int4 --json",
     "git log -p | herd read - --context ./ctx",
 )
+LIMIT = f"A file of more than {MAX_BYTES >> 20} MiB is not read but listed as skipped; split it."
 KEPT = "what was read so far is kept; the same command goes on from there"
 
 
 def command(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for stdin.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=f"Files, folders, or - for stdin. {LIMIT}")],
     context: Annotated[Path, typer.Option("--context", "-c", metavar="DIR", help="The context; made if missing.")],
     kv: KvOption = None,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
-    """Read files and folders into a durable context. What did not change is not read again.
-
-    A file of more than 64 MiB is not read but listed as skipped; split it.
-    """
+    """Read files and folders into a durable context. What did not change is not read again."""
     opened = herd.Context.open(context, herd.load(model), kv=kv)
     with interruptible(KEPT), reading() as progress:
         report = opened.read(paths, progress=progress)
     if as_json:
         timing = {"read_s": report.seconds, "read_tokens_per_s": tokens_per_s(report)}
-        print_json({"context": context_json(opened, report), "timing": timing})
-    else:
-        print_report(report)
+        print_json({"context": context_json(opened, report), "timing": timing, "warning": opened.too_long})
+        return
+    print_report(report)
+    if opened.too_long is not None:
+        note(f"warning: {opened.too_long}")

@@ -15,15 +15,18 @@ class TextOut:
     """Prints an answer on stdout as it comes. quiet: prints nothing."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
+        self.quiet, self.begun = quiet, False
 
     def __call__(self, piece: str) -> None:
+        self.begun = True
         if not self.quiet:
             sys.stdout.write(piece)
             sys.stdout.flush()
 
     def end(self) -> None:
-        self("\n")
+        """End the line of an answer that has begun."""
+        if self.begun:
+            self("\n")
 
 
 def print_report(report: herd.ReadReport) -> None:

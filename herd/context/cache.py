@@ -65,6 +65,7 @@ class ContextRow(KVRow):
 
     def chunk_mass(self, at_least: float) -> dict[tuple[Store, int], float]:
         """Attention of each live chunk of the runs that received at least this much; the heaviest run always."""
+        _check_files(self._runs)
         mass_K = self._mass_K
         chosen = (mass_K >= min(at_least, float(mass_K.max()))).nonzero().flatten().tolist() if len(mass_K) else []
         places = [(self._runs[k].store, chunk) for k in chosen for chunk in self._runs[k].chunks]
@@ -72,14 +73,23 @@ class ContextRow(KVRow):
 
     def looked_at(self, at_least: float) -> list[tuple[Store, int]]:
         """Live chunks that received at least this much of the last look, the heaviest first."""
+        _check_files(self._runs)
         near = (self._last_K >= at_least).nonzero().flatten().tolist()
         places = [(self._runs[k].store, chunk) for k in near for chunk in self._runs[k].chunks]
-        masses = {place: float(_mass_n(*place, self._looks[-1:]).sum()) / self.cfg.num_attention_heads for place in places}
+        masses = {
+            place: float(_mass_n(*place, self._looks[-1:]).sum()) / self.cfg.num_attention_heads for place in places
+        }
         return sorted((place for place in places if masses[place] >= at_least), key=lambda place: -masses[place])
 
     def token_mass(self, store: Store, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received, [n]."""
         return _mass_n(store, chunk, self._looks) / self.cfg.num_attention_heads
+
+
+def _check_files(runs: list[Run]) -> None:
+    """ContextError if a file was cut under its reader: touching what it lost would end the process."""
+    for store in dict.fromkeys(run.store for run in runs):
+        store.check_files()
 
 
 def _mass_n(store: Store, chunk: int, looks: list[_Look]) -> Tensor:
@@ -123,6 +133,7 @@ class ContextRows:
         """See herd.model.cache.Cache."""
         if self.cfg.is_local(layer) or not self._runs:
             return self._own.attend(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
+        _check_files(self._runs)
         own_BTHd, own_BTH = self._own.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])

@@ -156,9 +156,7 @@ def load(path: Path, tokens: int, spec: Spec) -> KV:
     """
     offsets, size = _layout(spec, tokens)
     with path.open("rb") as file:
-        actual = os.fstat(file.fileno()).st_size
-        if actual != size:
-            raise ContextError(damaged(path, f"{actual:,} bytes instead of {size:,}"))
+        check_size(path, os.fstat(file.fileno()).st_size, size)
         if file.read(_HEADER_BYTES) != _header(spec, tokens):
             raise ContextError(damaged(path, "its header does not match the manifest"))
         # Copy-on-write: torch wants memory it may write to, and the file must never change.
@@ -169,6 +167,12 @@ def load(path: Path, tokens: int, spec: Spec) -> KV:
         for offset, (dtype, shape) in zip(offsets, _arrays(spec, tokens), strict=True)
     ]
     return KV(*[*arrays, None, None][:4])  # type: ignore[arg-type]
+
+
+def check_size(path: Path, actual: int, size: int) -> None:
+    """ContextError if a segment file has not the bytes it should have."""
+    if actual != size:
+        raise ContextError(damaged(path, f"{actual:,} bytes instead of {size:,}"))
 
 
 def damaged(path: Path, what: str) -> str:

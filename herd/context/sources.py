@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from herd.context.ignore import Ignore
+from herd.context.limits import MAX_BYTES
 from herd.context.text import NotText, is_binary, to_text
 from herd.errors import SourceError
 
 STDIN = b"-"
-MAX_BYTES = 64 << 20
 _HEAD_BYTES = 64 << 10
 # A file whose times are this close to the moment of reading may change again within the clock's grain and look the
 # same (git calls this racily clean), so its stat is not remembered and the next read looks inside again.

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -157,6 +157,13 @@ class Store:
         row = self.chunks[chunk]
         mapped = next(mapped for mapped in self.segments if mapped.row.id == row.segment)
         return mapped.kv.part(row.start, row.start + row.tokens)
+
+    def check_files(self) -> None:
+        """ContextError if a segment was cut after it was mapped; to read what is gone would kill the process."""
+        for mapped in self.segments:
+            path = self.folder / mapped.row.file
+            with suppress(FileNotFoundError):  # the mapping keeps a file that a compaction deleted
+                segment.check_size(path, path.stat().st_size, segment.file_bytes(self.spec, mapped.row.tokens))
 
     def refresh(self) -> None:
         """Move on to the newest committed state."""

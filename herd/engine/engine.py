@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from herd.engine.request import Job, Request, Token, check_prompt
-from herd.engine.sampler import Draws, Sampler
+from herd.engine.sampler import Draws, Sampler, choose
 from herd.engine.scheduler import Piece, Scheduler
 from herd.errors import PromptError
 from herd.model import Cache, KVCache, KVRow, Memory, Transformer
@@ -101,7 +101,7 @@ class Engine:
             logits_EV = forward(self.transformer, self.cache, pieces)
             choosing = [piece.job for piece in pieces if piece.chooses]
             guided = [job.guided(logits_V) for job, logits_V in zip(choosing, logits_EV, strict=True)]
-            choices = [job.draws.choose(logits_V) for job, logits_V in zip(choosing, guided, strict=True)]
+            choices = choose(guided, [job.draws for job in choosing])
         except BaseException:
             # Some layers remember this step and some do not, so these requests cannot go on; others can.
             for piece in pieces:

@@ -94,5 +94,6 @@ def check_prompt(cfg: TextConfig, prompt: Sequence[int], others: int = 0) -> Non
         raise PromptError(f"the prompt holds the id {wrong}; the vocabulary has ids 0 to {cfg.vocab_size - 1}")
     if needed > limit:
         raise PromptError(
-            f"the prompt needs {needed:,} positions (context, prompt and answer); this model has {limit:,}"
+            f"the prompt needs {needed:,} positions (context, prompt and answer); this model has {limit:,}; "
+            "shorten the prompt or allow fewer new tokens"
         )

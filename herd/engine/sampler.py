@@ -19,7 +19,7 @@ Shape suffixes: B sequences, V vocabulary, K tokens that are kept.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,3 +159,8 @@ def candidates(logits_V: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     probs_K = probs_V[ids_K]
     kept = (probs_K > 0) & (probs_K >= sampler.min_p * probs_K.max())
     return ids_K[kept], probs_K[kept] / probs_K[kept].sum()
+
+
+def choose(logits: Iterable[Tensor], draws: Sequence[Draws]) -> list[Choice]:
+    """The next token of each sequence from its logits [V], as each would choose alone."""
+    return [its.choose(logits_V) for its, logits_V in zip(draws, logits, strict=True)]

@@ -34,11 +34,13 @@ def read_corpus(
     }
 
 
-def ask_all(context: Context, questions: Sequence[str], progress: corpus.Progress) -> list[Answer]:
-    """One answer for each question, asked in batches."""
+def ask_all(
+    context: Context, questions: Sequence[str], progress: corpus.Progress, *, quote: bool = True
+) -> list[Answer]:
+    """One answer for each question, asked in batches; quote as for `Context.ask`."""
     answers: list[Answer] = []
     for start in range(0, len(questions), BATCH):
-        answers += context.ask_many(list(questions[start : start + BATCH]), max_tokens=MAX_TOKENS)
+        answers += context.ask_many(list(questions[start : start + BATCH]), max_tokens=MAX_TOKENS, quote=quote)
         progress(f"{len(answers)} of {len(questions)} questions answered")
     return answers
 

@@ -29,6 +29,7 @@ def lookup(
     *,
     seed: int = 0,
     kv: str = "int8",
+    quote: bool = True,
     absent: int = ABSENT_QUESTIONS,
     base: Model | None = None,
 ) -> report.Result:
@@ -40,14 +41,15 @@ def lookup(
     exam = prepare(model, packages, tokens, questions, absent, seed)
     context, reading = read_corpus(model, exam.files, workdir / f"lookup-{tokens}-{seed}", progress, kv)
     start = time.perf_counter()
-    answers = ask_all(context, [item.question.question for item in exam.items], progress)
-    refusals = ask_all(context, [question.question for question in exam.absent], progress)
+    answers = ask_all(context, [item.question.question for item in exam.items], progress, quote=quote)
+    refusals = ask_all(context, [question.question for question in exam.absent], progress, quote=quote)
     seconds = time.perf_counter() - start
     return {
         "eval": "lookup",
         "length": tokens,
         **reading,
         "packages": list(packages),
+        "answers": "quotes" if quote else "free",
         "questions": len(exam.items),
         "answer_s": round(seconds, 1),
         **_table(exam.items, answers),

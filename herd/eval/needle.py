@@ -43,6 +43,7 @@ def needle(
     *,
     seed: int = 0,
     kv: str = "int8",
+    quote: bool = True,
     kinds: Sequence[str] = KINDS,
     packages: Sequence[str] = corpus.HELD_OUT,
 ) -> report.Result:
@@ -55,13 +56,14 @@ def needle(
     folder = workdir / f"needle-{tokens}-{seed}"
     context, reading = read_corpus(model, files, folder, progress, kv)
     start = time.perf_counter()
-    answers = ask_all(context, [needle.question.question for needle in needles], progress)
+    answers = ask_all(context, [needle.question.question for needle in needles], progress, quote=quote)
     seconds = time.perf_counter() - start
     return {
         "eval": "needle",
         "length": tokens,
         **reading,
         "filler": list(packages),
+        "answers": "quotes" if quote else "free",
         "trials": trials,
         "answer_s": round(seconds, 1),
         **_table(needles, answers),

@@ -5,6 +5,7 @@ The variable HERD_KERNELS, set to `reference` or `native`, decides otherwise.
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -46,26 +47,33 @@ __all__ = [
 ]
 
 
-def implementation() -> str:
-    """Which one is used, and why: `native (avx512)`, `reference (...)`.
+class _Choice(NamedTuple):
+    native: bool
+    why: str
 
-    ConfigError if HERD_KERNELS asks for what there is not.
-    """
+
+def _choice() -> _Choice:
+    """Whether the native library is used, and why. ConfigError if HERD_KERNELS asks for what there is not."""
     wanted = os.environ.get("HERD_KERNELS", "")
     library, why = native.load()
     if wanted not in ("", "native", "reference"):
         raise ConfigError(f"HERD_KERNELS is {wanted!r}; it can be reference or native")
     if wanted == "reference":
-        return "reference (HERD_KERNELS)"
+        return _Choice(False, "HERD_KERNELS")
     if library is not None:
-        return f"native ({why})"
+        return _Choice(True, why)
     if wanted == "native":
         raise ConfigError(f"HERD_KERNELS is native, but the native library is {why}; unset it, or install Herd again")
-    return f"reference (the native library is {why})"
+    return _Choice(False, f"the native library is {why}")
 
 
-def _is_native() -> bool:
-    return implementation().startswith("native")
+def implementation() -> str:
+    """Which one is used, and why: `native (avx512)`, `reference (...)`.
+
+    ConfigError if HERD_KERNELS asks for what there is not.
+    """
+    choice = _choice()
+    return f"{'native' if choice.native else 'reference'} ({choice.why})"
 
 
 def operations() -> dict[str, str]:
@@ -79,19 +87,19 @@ def operations() -> dict[str, str]:
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
     """See `reference.attend_parts`."""
-    use = native if _is_native() and native.takes(q_GRd, parts) else reference
+    use = native if _choice().native and native.takes(q_GRd, parts) else reference
     return use.attend_parts(q_GRd, parts, missed, elsewhere_GR)
 
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     """See `reference.causal_attention`."""
-    use = native if _is_native() and native.takes_causal(q_BTHd, k_BTGd, v_BTGd) else reference
+    use = native if _choice().native and native.takes_causal(q_BTHd, k_BTGd, v_BTGd) else reference
     return use.causal_attention(q_BTHd, k_BTGd, v_BTGd)
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> Weight:
     """See `reference.pack`. A weight stays with the implementation that packed it."""
-    return (native if _is_native() else reference).pack(w_NK, bits, group)
+    return (native if _choice().native else reference).pack(w_NK, bits, group)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -27,15 +27,15 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t
 _METHOD = re.compile(r"method \w+ in class [\w.]+")
 # Neither names nor phrases begin or end with these.
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be been by can could did do does for from give had has have how i in is it its may me might "
-    "must my of on or our please shall should some tell than that the their them then there these they this those to "
-    "us was we were what when where which while who whose why will with would you your".split()
+    """a an and are as at be been by can could did do does for from give had has have how i in is it its may me might
+    must my of on or our please shall should some tell than that the their them then there these they this those
+    to us was we were what when where which while who whose why will with would you your""".split()  # noqa: SIM905
 )
 # What a question asks with; not a name, unless there is no other.
 _ASKING_WORDS = frozenset(
-    "argument arguments call called class constant contain contains def define defined describe docs docstring explain "
-    "file find function hold holds know list look mean means method name named parameter parameters quote record say "
-    "says set setting show signature state store stored take takes use used value variable".split()
+    """argument arguments call called class constant contain contains def define defined describe docs docstring explain
+    file find function hold holds know list look mean means method name named parameter parameters quote record say says
+    set setting show signature state store stored take takes use used value variable""".split()  # noqa: SIM905
 )
 
 
@@ -70,7 +70,12 @@ class Quotes:
         """All answers that begin with `said`, which begins with what was said in the last call."""
         self._said = said
         self._answers = {answer: None for answer in self._answers if answer.startswith(said)}
-        if said in self._answers and said.startswith(b"The ") and b"\n" not in said and not said.endswith(ABSENT.encode()):
+        if (
+            said in self._answers
+            and said.startswith(b"The ")
+            and b"\n" not in said
+            and not said.endswith(ABSENT.encode())
+        ):
             first = said.decode(errors="replace")
             found = phrases(first, _ENTITY_WORDS)
             for text in (None, *self._texts):
@@ -86,7 +91,11 @@ class Quotes:
         for thing in things:
             for line, rest in [("", ABSENT)] if text is None else _lines(text, thing):
                 for attribute in self._attributes:
-                    if attribute not in thing and thing not in attribute and _plain(attribute) in _plain(line or attribute):
+                    if (
+                        attribute not in thing
+                        and thing not in attribute
+                        and _plain(attribute) in _plain(line or attribute)
+                    ):
                         self._add(f"{start}The {attribute} of {thing}{rest}")
 
     def _add_definition(self, text: str, at: int, name: str) -> None:
@@ -125,23 +134,39 @@ def line_end(text: str, at: int) -> int:
 
 
 def phrases(text: str, most: int) -> list[str]:
-    """Runs of at most so many whole words, without punctuation, possessive `'s` or function words at their ends."""
-    words = [(found.start(), found.end()) for found in re.finditer(r"\S+", text)]
+    """Runs of at most so many whole words, without punctuation, possessive `'s` or function words at their ends.
+
+    Names and numbers are not cut: of `the mill of Ann Lee` there is no phrase that begins with Lee or ends with Ann.
+    """
+    words = text.split()
+    bound = [i > 0 and _binds(words[i - 1], words[i], first=i == 1) for i in range(len(words))] + [False]
     found = dict[str, None]()
-    for i, (start, _) in enumerate(words):
-        for _, end in words[i : i + most]:
-            phrase = text[start:end].strip("`\"?!:;,.")
-            for said in (phrase, phrase.removesuffix("'s")):
-                if said and not {w.lower() for w in (said.split()[0], said.split()[-1])} & _FUNCTION_WORDS:
-                    found[said] = None
+    for start in range(len(words)):
+        for end in range(start + 1, min(start + most, len(words)) + 1):
+            if not (bound[start] or bound[end]):
+                phrase = " ".join(words[start:end]).strip('`"?!:;,.')
+                found |= {said: None for said in (phrase, phrase.removesuffix("'s")) if _whole(said)}
+            if words[end - 1][-1] in "?!:;,.":
+                break
     return list(found)
+
+
+def _binds(before: str, word: str, *, first: bool) -> bool:
+    """Whether a word goes with the one before it, as in `gate 7` and `Ann Lee`; the first of all may be big anyway."""
+    big = before[0].isupper() and word[0].isupper() and not first
+    return before[-1].isalnum() and (big or any(char.isdigit() for char in word))
+
+
+def _whole(phrase: str) -> bool:
+    words = phrase.lower().split()
+    return bool(words) and not _FUNCTION_WORDS & {words[0], words[-1]}
 
 
 def _names(question: str) -> list[str]:
     """Words that may be identifiers; words of ordinary language only if there are no others."""
     words = [word.strip("`'\"()[]{}.,:;?!*<>=") for word in question.split()]
     names = list(dict.fromkeys(word for word in words if re.fullmatch(r"\w+", word)))
-    return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names
+    return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names or ["it"]
 
 
 def _stands(text: str, words: str) -> bool:

@@ -1,46 +1,19 @@
-"""The command line as a user meets it: outputs, exit codes, one-line errors, Ctrl-C."""
+"""The command line as a user meets it: outputs, exit codes, one-line errors."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import herd
 from herd.cli.main import app, run
 from herd.config import MAVERICK, SCOUT
+from herd.context.limits import MAX_BYTES
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
+from tests.cli.running import fails, run_json
 
 VERBS = ["ask", "read", "context", "chat", "upcycle", "train", "eval", "info"]
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    (folder / "gate.txt").write_text("The code of the north gate is 4711.\n" * 3)
-    (folder / "port.py").write_text("PORT = 8080\n")
-    (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
-    return folder
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *args: object) -> dict:  # type: ignore[type-arg]
-    assert run([str(a) for a in args]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: object, code: int = 2) -> str:
-    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
-    assert run([str(a) for a in args]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1 and "Traceback" not in err, err
-    return err
 
 
 def test_every_verb_is_there_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,11 +27,18 @@ def test_every_verb_is_there_with_examples(capsys: pytest.CaptureFixture[str]) -
         assert f"Examples:\n    herd {verb}" in capsys.readouterr().out
 
 
+def test_the_limit_of_a_file_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    limit = f"{MAX_BYTES >> 20} MiB"
+    assert run(["read", "--help"]) == 0
+    assert limit in " ".join(capsys.readouterr().out.split())
+    assert limit in (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+
+
 def test_ask_reads_then_reuses(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
     context = notes.parent / "ctx"
     args = ("ask", "What is the code?", notes, "--context", context, "--model", tiny_model, "--max-tokens", 4, "--json")
     first = run_json(capsys, *args)
-    assert list(first) == ["answer", "citations", "missed_mass", "context", "timing"]
+    assert list(first) == ["answer", "quoted", "citations", "missed_mass", "context", "timing"]
     assert list(first["timing"]) == ["read_s", "first_token_s", "answer_s", "read_tokens_per_s"]
     assert {"dir", "tokens", "sources", "read_tokens", "reused_tokens", "skipped"} == set(first["context"])
     assert first["context"]["sources"] == 2 and first["context"]["read_tokens"] == first["context"]["tokens"] > 0
@@ -132,6 +112,20 @@ def test_read(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path)
     assert run([str(a) for a in args]) == 0
     out, err = capsys.readouterr()
     assert out == "" and "read 0 in" in err
+
+
+def test_a_context_too_long_to_be_asked_is_told_when_it_is_read(
+    capsys: pytest.CaptureFixture[str], notes: Path, short_model: Path
+) -> None:
+    context = notes.parent / "ctx"
+    rest = ("--context", context, "--model", short_model)
+    assert run_json(capsys, "read", notes, *rest, "--json")["warning"] is None
+    (notes / "one.txt").write_text("One file more than there is room for.\n")
+    assert run([str(a) for a in ("read", notes, *rest)]) == 0
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"warning: {context} has 3 chunks, and this model can be asked about 2 at most; read parts")
+    assert f"warning: {run_json(capsys, 'read', notes, *rest, '--json')['warning']}" == told
+    assert fails(capsys, "ask", "q", *rest) == told.replace("warning", "error") + "\n"
 
 
 def test_context_verbs(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
@@ -241,48 +235,6 @@ def test_unexpected_failure_is_one_line_and_code_1(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_interrupted_read_is_kept(notes: Path, tiny_model: Path) -> None:
-    for i in range(48):
-        (notes / f"{i}.txt").write_text(f"Line {i} of a long note that nobody reads twice.\n" * 150)
-    context = notes.parent / "ctx"
-    command = [sys.executable, "-m", "herd", "read", str(notes), "--context", str(context), "--model", str(tiny_model)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for _ in range(6000):
-        if len(list(context.glob("*.kv"))) > 1 or child.poll() is not None:
-            break
-        time.sleep(0.005)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert err == "interrupted: what was read so far is kept; the same command goes on from there\n"
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout)["context"]
-    assert 0 < result["read_tokens"] < result["tokens"]
-
-
-def test_an_interrupted_answer_ends_its_line(
-    capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ask(*args: object, on_text: Callable[[str], None], **options: object) -> None:
-        on_text("The co")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(herd.Context, "ask", ask)
-    args = ("ask", "q", notes, "--context", notes.parent / "ctx", "--model", tiny_model)
-    assert run([str(a) for a in args]) == 130
-    out, err = capsys.readouterr()
-    assert out == "The co\n"
-    assert err.endswith("\ninterrupted: the context is kept; ask again any time\n")
-
-
-def test_interrupt_elsewhere_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("herd.cli.info.installation", interrupted)
-    assert "nothing was changed" in fails(capsys, "info", code=130)
-
-
 def test_closed_pipe_is_quiet(tiny_model: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m herd info scout | true; exit ${{PIPESTATUS[0]}}",
@@ -314,6 +266,7 @@ def test_train_and_eval_refuse_what_is_not_there(
     options = ("--model", tiny_model, "--work-dir", tmp_path / "work")
     assert "no evaluation is called 'nedle'" in fails(capsys, "eval", "nedle", *options)
     assert "length" in fails(capsys, "eval", "needle", *options)
+    assert "leave --length and --kv out" in fails(capsys, "eval", "perplexity", "--kv", "int4", *options)
 
 
 def _next_or_eof(lines: Iterator[str]) -> str:

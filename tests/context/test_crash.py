@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import herd.context
-from herd.context import maintain, manifest, read, segment
+from herd.context import maintain, manifest, read, segment, sources
 from herd.context.store import NewSource, Store
 from herd.errors import ContextError
 from tests.context.tiny_context import MadeModel, contents, exit_status, forked, new_chunk, put, read_paths, spec
@@ -103,6 +103,8 @@ def test_kill_9_while_a_source_is_replaced(tmp_path: Path, seed: int) -> None:
 def test_kill_9_at_20_moments_of_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read goes on where the one before was killed, and the last ends where a read in peace does."""
     monkeypatch.setattr(read, "SEGMENT_TOKENS", 100)
+    # Files count as just written on the slowest machine, too: every read looks into them, and is long enough to kill.
+    monkeypatch.setattr(sources, "_RACY_NS", 10**18)
     source = tmp_path / "src"
     source.mkdir()
     for name in "abcdef":

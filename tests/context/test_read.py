@@ -158,48 +158,45 @@ def test_standard_input_is_a_source(opened: Store, monkeypatch: pytest.MonkeyPat
         assert bytes(opened.ids(0)).endswith(text)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows", "bounds"),
+    [
+        pytest.param((8, 8, 8), 4, {"BATCH_TOKENS": 64}, id="several files"),
+        pytest.param((400,), 40, {"SEGMENT_TOKENS": 200}, id="inside one long file"),
+    ],
+)
 def test_an_interrupted_read_keeps_what_was_computed(
-    folder: Path, opened: Store, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, ...],
+    rows: int,
+    bounds: dict[str, int],
+    tmp_path: Path,
+    opened: Store,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Interrupted(CountingModel):
         def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.rows >= 4:
+            if self.rows >= rows:
                 raise KeyboardInterrupt
             return super().read(ids_BT)
 
-    monkeypatch.setattr(read, "BATCH_TOKENS", 64)
+    for name, value in bounds.items():
+        monkeypatch.setattr(read, name, value)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for file, lines in enumerate(sizes):
+        (folder / f"{file}.txt").write_text("".join(f"{file} line {i}\n" for i in range(lines)))
+    interrupted, rest = Interrupted(), CountingModel()
     with pytest.raises(KeyboardInterrupt):
-        read_paths(opened, folder, model=Interrupted())
+        read_paths(opened, folder, model=interrupted)
     opened.refresh()
     assert names(opened) == [], "no source is half there"
     assert maintain.verify(opened.folder).problems == []
-    rest = read_paths(opened, folder)
-    assert rest.reused_tokens > 0 and rest.read_tokens + rest.reused_tokens == opened.tokens
+    report = read_paths(opened, folder, model=rest)
+    assert report.reused_tokens > 0 and report.read_tokens + report.reused_tokens == opened.tokens
+    assert interrupted.rows + rest.rows == len(opened.chunks), "nothing was computed twice"
     clean = Store.open(opened.folder.with_name("clean"), spec())
     read_paths(clean, folder)
-    assert {clean.chunks[i].hash for i in range(len(clean.chunks))} == {chunk.hash for chunk in opened.chunks}
-
-
-def test_an_interrupted_read_of_one_long_file_goes_on_inside_it(
-    tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted(CountingModel):
-        def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.rows >= 40:
-                raise KeyboardInterrupt
-            return super().read(ids_BT)
-
-    monkeypatch.setattr(read, "SEGMENT_TOKENS", 200)
-    path = tmp_path / "long.txt"
-    path.write_text("".join(f"line {i}\n" for i in range(400)))
-    interrupted, model = Interrupted(), CountingModel()
-    with pytest.raises(KeyboardInterrupt):
-        read_paths(opened, path, model=interrupted)
-    opened.refresh()
-    assert names(opened) == [] and maintain.verify(opened.folder).problems == []
-    report = read_paths(opened, path, model=model)
-    assert report.read_tokens + report.reused_tokens == opened.tokens
-    assert interrupted.rows + model.rows == len(opened.chunks)
+    assert {chunk.hash for chunk in clean.chunks} == {chunk.hash for chunk in opened.chunks}
 
 
 def test_very_many_tiny_files_are_a_source_each(tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,14 @@ def test_the_edit_is_one_more_line() -> None:
     assert context.edit("x = 1\n").startswith("x = 1\nHERD")
 
 
+@pytest.mark.parametrize("ignored", [{"lengths": ["8K"]}, {"lengths": [], "kv": "int4"}, {"lengths": [], "kv": "int8"}])
+def test_perplexity_refuses_what_only_a_context_has(
+    ignored: dict[str, object], model: herd.Model, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="without a context; leave --length and --kv out"):
+        evaluation.run("perplexity", model, trials=1, workdir=tmp_path, **ignored)
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "trials"), [("nothing", ["8K"], 1), ("needle", [], 1), ("needle", ["8K"], 0)]
 )

@@ -209,3 +209,22 @@ def test_vocabulary_that_lists_a_special_token_as_a_word():
     made.add_special_tokens(["<|end|>"])
     with pytest.raises(CheckpointError, match=r"plain text into the special token '<\|end\|>'"):
         Tokenizer(made)
+
+
+@given(st.text())
+def test_raw_bytes_of_ids(tokenizer, text):
+    assert tokenizer.byte_level
+    assert tokenizer.raw(tokenizer.encode(text)) == text.encode(errors="replace")
+    assert tokenizer.raw([260, 262]) == b"", "special tokens have no text"
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_prefixes_are_all_tokens_that_bytes_begin_with(tokenizer, data):
+    found = tokenizer.prefixes(data)
+    begins = [i for i in range(260) if data.startswith(tokenizer.raw([i]))]
+    assert sorted(found) == begins
+    assert [len(tokenizer.raw([i])) for i in found] == sorted(len(tokenizer.raw([i])) for i in found)
+
+
+def test_special_tokens_are_no_prefixes(tokenizer):
+    assert 260 not in tokenizer.prefixes(b"<|end|> is text here")

@@ -1,0 +1,110 @@
+"""Answers as quotes: which answers a text allows, and that nothing else is allowed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from herd.prompt.quotes import ABSENT, Quotes, phrases
+
+CODE = '''# a/b.py:1 method send in class Wire, method stop in class Wire.Inner
+LIMIT = 100  # KiB
+MY_LIMIT = 7
+def send(self, data, *,
+         flags=(1, 2)):
+    """Send data over the wire, all of
+    it. Then wait.
+    """
+    return stop(self)
+'''
+
+
+def allowed(question: str, *texts: str) -> set[str]:
+    """The answers that do not say that something is missing."""
+    quotes = Quotes(question)
+    for text in texts:
+        quotes.see(text)
+    return {answer.decode() for answer in quotes.go_on(b"") if not answer.endswith(ABSENT.encode())}
+
+
+def test_a_constant_is_its_line() -> None:
+    assert allowed("What is the value of LIMIT?", CODE) == {"LIMIT = 100  # KiB"}
+
+
+def test_a_function_is_its_signature_or_its_first_sentence() -> None:
+    answers = allowed("What are the parameters of send?", CODE)
+    signature = "def send(self, data, *,\n         flags=(1, 2)):"
+    assert signature in answers and "method send in class Wire" in answers
+    assert f'docs of send: {signature}\n    """Send data over the wire, all of\n    it. Then wait.' in answers
+
+
+def test_a_class_ends_with_its_name() -> None:
+    assert "method stop in class Wire.Inner" in allowed("Which class has `stop`?", CODE)
+
+
+def test_a_fact_names_attribute_and_entity() -> None:
+    text = "Nothing.\nThe old mill: build_id=77 (checked)\nThe old mill has a roof.\nThe old miller: build id 3\n"
+    answers = allowed("Which build id has the old mill?", text)
+    assert "The build id of the old mill: build_id=77 (checked)" in answers
+    assert not {a for a in answers if "has a roof" in a and a.startswith("The build id")}, (
+        "a line without the attribute"
+    )
+    assert "The build id of the old miller: build id 3" not in allowed("Which build id has Old Mill?", text)
+
+
+def test_a_second_hop_goes_on_from_the_first_line() -> None:
+    quotes = Quotes("What is the salary of the boss of Ann Lee?")
+    quotes.see("Ann Lee's boss is Bo Ek\n")
+    first = b"The boss of Ann Lee's boss is Bo Ek"
+    assert first in quotes.go_on(b"The boss of Ann")
+    quotes.see("salary (Bo Ek): 12\n")
+    assert first + b"\nThe salary of Bo Ek): 12" in quotes.go_on(first)
+    assert first + b"\nThe salary of Bo Ek" + ABSENT.encode() in quotes.go_on(first + b"\n")
+
+
+def test_without_a_text_only_absence_is_left() -> None:
+    quotes = Quotes("What is LIMIT?")
+    assert quotes.go_on(b"")
+    assert all(answer.endswith(ABSENT.encode()) for answer in quotes.go_on(b""))
+    assert quotes.go_on(b"LIMIT") == [b"LIMIT" + ABSENT.encode()]
+
+
+def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
+    quotes = Quotes("What is LIMIT?")
+    quotes.go_on(b"LIMIT")
+    quotes.see(CODE)
+    assert set(quotes.go_on(b"LIMIT")) == {b"LIMIT = 100  # KiB", b"LIMIT" + ABSENT.encode()}
+
+
+@pytest.mark.parametrize("question", ["What is this?", "?", "", "Tell me.", "☃ ☃"])
+def test_a_question_that_names_nothing_still_has_answers(question: str) -> None:
+    """Whatever is asked, there is something that can be said."""
+    quotes = Quotes(question)
+    quotes.see(CODE)
+    assert quotes.go_on(b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Name the PIN of Ann's cat.", ["Name", "PIN", "Ann's", "Ann", "Ann's cat", "cat"]),
+        ("Which colour has gate 7?", ["colour", "gate 7"]),
+        ("Where is Ann Lee, or the key?", ["Ann Lee", "key"]),
+    ],
+)
+def test_phrases_are_whole_words_and_names(text: str, found: list[str]) -> None:
+    assert phrases(text, 2) == found
+
+
+PIECES = ["Ann", "Lee", "old", "mill", "PIN", "is", "of", "the", "limit_x", "def", "(", ")", ":", "7", "É", "☃", "\n"]
+WORDS = st.lists(st.sampled_from(PIECES), max_size=25)
+
+
+@given(WORDS, st.lists(WORDS, max_size=3))
+def test_every_quote_stands_in_a_text(asked: list[str], texts: list[list[str]]) -> None:
+    said = [" ".join(words) for words in texts]
+    for answer in allowed(" ".join(asked), *said):
+        name = answer.removeprefix("docs of ").removeprefix("The ")
+        quotes = (name, *(name[at + len(" of ") :] for at in range(len(name)) if name.startswith(" of ", at)))
+        quotes += (answer.partition(": ")[2],) if answer.startswith("docs of ") else ()
+        assert any(quote.lower() in text.lower() for quote in quotes if quote for text in said), answer
+        assert any(answer[-length:] in text for length in range(1, 3) for text in said), "as the text spells it"
