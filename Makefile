@@ -15,7 +15,7 @@ help:
 	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
 	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
 	@echo 'make eval   measure everything the README states, write eval/*.json and fill in the README (hours)'
-	@echo 'make bench  measure speed beside physical limits, write bench/results (minutes, on a quiet machine)'
+	@echo 'make bench  measure speed beside peers and physical limits, write bench/results (hours, on a quiet machine)'
 	@echo 'make sanitize  run the tests of the native library with the address and undefined-behaviour sanitizers'
 	@echo 'make cria   set up and build the model, in the cache folder (HERD_HOME)'
 	@echo 'make clean  remove what the targets above made, .venv included'
@@ -40,8 +40,10 @@ eval: $(DONE)/dev cria
 	$(BIN)/herd eval perplexity --out eval/perplexity.json
 	$(BIN)/python tools/readme.py
 
-bench: setup
+# The environments of the peers, models and unfinished runs are in build/bench: some 20 GB.
+bench: cria
 	@mkdir -p bench/results
+	$(BIN)/python -m bench.side_by_side
 	$(BIN)/python bench/scan.py --tokens 1000000 --reference > bench/results/scan-1M.json
 	$(BIN)/python bench/scan.py --tokens 10000000 > bench/results/scan-10M.json
 

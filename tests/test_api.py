@@ -51,6 +51,18 @@ def test_contexts_of_two_models_are_not_asked_together(notes: Path, tiny_model: 
         first.ask("What is the code?", also=[second])
 
 
+def test_an_answer_is_a_quote_or_says_that_there_is_none(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever the weights."""
+    context = read_into(tmp_path / "ctx", herd.load(tiny_model), notes)
+    for question in ("What is the code of the north gate?", "code", "Which PIN has Ann Lee?", "def gate(?", "☃"):
+        [answer] = context.ask_many([question], max_tokens=120)
+        assert answer.quoted
+        quote = answer.text.rpartition(" gate")[2] or answer.text
+        assert answer.text.endswith(" is not in the context.") or quote in notes.read_text(), answer.text
+        free = context.ask(question, max_tokens=8, quote=False)
+        assert not free.quoted and not free.text.startswith(answer.text[:8])
+
+
 def test_a_context_named_twice_is_not_asked(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
     model = herd.load(tiny_model)
     first = read_into(tmp_path / "first", model, notes)

@@ -13,7 +13,8 @@ The order is that of transformers (`_get_logits_processor`), with the penalties 
 6. min_p: of these, those at least this share as likely as the most likely one (Nguyen et al. 2024);
 7. one draw.
 
-Temperature 0 takes the largest logit after step 2. Logprobs are of the logits as they come from the model, or from the request's guide.
+Temperature 0 takes the largest logit after step 2. Logprobs are of the logits as they come from the
+model, or from the request's guide.
 
 Shape suffixes: B sequences, V vocabulary, K tokens that are kept.
 """

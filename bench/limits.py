@@ -1,0 +1,68 @@
+"""What this machine can do at most, measured: bytes read from memory, and operations of a matrix product.
+
+Also what a model needs of both, as its config says.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from herd.config import TextConfig
+
+READ_BYTES = 1 << 30  # far beyond all caches
+GEMM = 4096
+
+
+def measure(threads: int, rounds: int = 7, gemm: int = GEMM, read_bytes: int = READ_BYTES) -> dict[str, float]:
+    """Medians: bytes/s of a plain sum over memory, operations/s of products in bfloat16 and int8."""
+    torch.set_num_threads(threads)
+    numbers = torch.ones(read_bytes // 8, dtype=torch.int64)
+    half = torch.randn(gemm, gemm).bfloat16()
+    whole = torch.randint(-127, 128, (gemm, gemm), dtype=torch.int8)
+    operations = 2 * gemm**3
+    return {
+        "read_bytes_per_s": read_bytes / _median(numbers.sum, rounds),
+        "bf16_ops_per_s": operations / _median(lambda: half @ half, rounds),
+        "int8_ops_per_s": operations / _median(lambda: torch._int_mm(whole, whole), rounds),
+    }
+
+
+def _median(call: Callable[[], Any], rounds: int) -> float:
+    call()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def decode_bytes(cfg: TextConfig, weight_bits: float, kv_bits: float, position: int) -> float:
+    """Bytes that one token of one sequence must read: the weights it passes through, the keys and values it sees."""
+    weights = cfg.num_parameters(active=True) - cfg.vocab_size * cfg.hidden_size  # one row of the embeddings
+    per_token = 2 * cfg.num_key_value_heads * cfg.head_dim
+    seen = sum(_seen(cfg, layer, position) for layer in range(cfg.num_hidden_layers))
+    return (weights * weight_bits + seen * per_token * kv_bits) / 8
+
+
+def prefill_operations(cfg: TextConfig, tokens: int) -> float:
+    """Multiplications and additions of a prompt, the head for its last token only."""
+    ends = 2 * cfg.vocab_size * cfg.hidden_size
+    weights = 2 * (cfg.num_parameters(active=True) - ends) * tokens + ends
+    pairs = sum(_pairs(cfg, layer, tokens) for layer in range(cfg.num_hidden_layers))
+    return weights + 4 * cfg.num_attention_heads * cfg.head_dim * pairs
+
+
+def _seen(cfg: TextConfig, layer: int, position: int) -> int:
+    chunk = cfg.attention_chunk_size
+    return (position % chunk if cfg.is_local(layer) and chunk else position) + 1
+
+
+def _pairs(cfg: TextConfig, layer: int, tokens: int) -> float:
+    """Of a query and a key that it sees."""
+    chunk = cfg.attention_chunk_size if cfg.is_local(layer) else None
+    whole, rest = divmod(tokens, chunk or tokens)
+    return whole * (chunk or tokens) ** 2 / 2 + rest**2 / 2
