@@ -57,10 +57,10 @@ def test_an_answer_is_a_quote_or_says_that_there_is_none(notes: Path, tiny_model
     for question in ("What is the code of the north gate?", "code", "Which PIN has Ann Lee?", "def gate(?", "☃"):
         [answer] = context.ask_many([question], max_tokens=120)
         assert answer.quoted
-        quote = answer.text.rpartition(" gate")[2] or answer.text
-        assert answer.text.endswith(" is not in the context.") or quote in notes.read_text(), answer.text
-        free = context.ask(question, max_tokens=8, quote=False)
-        assert not free.quoted and not free.text.startswith(answer.text[:8])
+        there = [answer.text[at:] in notes.read_text() for at in range(len(answer.text) - 4)]
+        assert answer.text.endswith(" is not in the context.") or any(there), answer.text
+    free = context.ask(question, max_tokens=8, quote=False)
+    assert not free.quoted and free.text not in notes.read_text()
 
 
 def test_a_context_named_twice_is_not_asked(notes: Path, tiny_model: Path, tmp_path: Path) -> None:

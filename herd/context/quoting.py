@@ -45,7 +45,8 @@ class Quoting:
         for store, chunk in row.looked_at(LOOKED):
             if (id(store), chunk) not in self._seen:
                 self._seen.add((id(store), chunk))
-                self._quotes.see(self._tokenizer.decode(store.ids(chunk)))
+                header, _, text = self._tokenizer.decode(store.ids(chunk)).partition("\n")
+                self._quotes.see(header, text)
         quoting, absent = self._next(self._tokenizer.raw(ids))
         guided_V = logits_V.new_full(logits_V.shape, -math.inf)
         for tokens, cost in ((absent - quoting, _ABSENT_COST if quoting else 0.0), (quoting, 0.0)):

@@ -54,16 +54,17 @@ class Quotes:
                 self._add(opening + name + ABSENT)
         self._add_things("", self._things, None)
 
-    def see(self, text: str) -> None:
-        """Allow quotes of one more text."""
+    def see(self, header: str, text: str) -> None:
+        """Allow quotes of one more text, and of methods that its header lists."""
         self._texts.append(text)
         for name in self._names:
+            for at in _places(header, f"method {name}"):
+                if found := _METHOD.match(header, at):
+                    self._add(found.group())
             for at in _places(text, name):
                 self._add(_line(text, at))
-                if text.startswith("def ", at - 4):
+                if at >= 4 and text.startswith("def ", at - 4):
                     self._add_definition(text, at - 4, name)
-                elif found := _METHOD.match(text, max(at - len("method "), 0)):
-                    self._add(found.group())
         self._add_things("", self._things, text)
 
     def go_on(self, said: bytes) -> list[bytes]:

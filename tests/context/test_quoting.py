@@ -21,7 +21,8 @@ END = 0
 class Pieces(Bytes):
     """One token per byte; 0 ends."""
 
-    eos_ids = [END]
+    def __init__(self) -> None:
+        self.eos_ids = [END]
 
     def raw(self, ids: Sequence[int]) -> bytes:
         return bytes(ids)

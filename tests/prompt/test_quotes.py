@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from herd.prompt.quotes import ABSENT, Quotes, phrases
 
-CODE = '''# a/b.py:1 method send in class Wire, method stop in class Wire.Inner
-LIMIT = 100  # KiB
+HEADER = "# a/b.py:1 method send in class Wire, method stop in class Wire.Inner"
+CODE = '''LIMIT = 100  # KiB
 MY_LIMIT = 7
 def send(self, data, *,
          flags=(1, 2)):
@@ -22,7 +22,7 @@ def allowed(question: str, *texts: str) -> set[str]:
     """The answers that do not say that something is missing."""
     quotes = Quotes(question)
     for text in texts:
-        quotes.see(text)
+        quotes.see(HEADER, text)
     return {answer.decode() for answer in quotes.go_on(b"") if not answer.endswith(ABSENT.encode())}
 
 
@@ -53,10 +53,10 @@ def test_a_fact_names_attribute_and_entity() -> None:
 
 def test_a_second_hop_goes_on_from_the_first_line() -> None:
     quotes = Quotes("What is the salary of the boss of Ann Lee?")
-    quotes.see("Ann Lee's boss is Bo Ek\n")
+    quotes.see("", "Ann Lee's boss is Bo Ek\n")
     first = b"The boss of Ann Lee's boss is Bo Ek"
     assert first in quotes.go_on(b"The boss of Ann")
-    quotes.see("salary (Bo Ek): 12\n")
+    quotes.see("", "salary (Bo Ek): 12\n")
     assert first + b"\nThe salary of Bo Ek): 12" in quotes.go_on(first)
     assert first + b"\nThe salary of Bo Ek" + ABSENT.encode() in quotes.go_on(first + b"\n")
 
@@ -71,7 +71,7 @@ def test_without_a_text_only_absence_is_left() -> None:
 def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
     quotes = Quotes("What is LIMIT?")
     quotes.go_on(b"LIMIT")
-    quotes.see(CODE)
+    quotes.see(HEADER, CODE)
     assert set(quotes.go_on(b"LIMIT")) == {b"LIMIT = 100  # KiB", b"LIMIT" + ABSENT.encode()}
 
 
@@ -79,7 +79,7 @@ def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
 def test_a_question_that_names_nothing_still_has_answers(question: str) -> None:
     """Whatever is asked, there is something that can be said."""
     quotes = Quotes(question)
-    quotes.see(CODE)
+    quotes.see(HEADER, CODE)
     assert quotes.go_on(b"")
 
 
@@ -106,5 +106,7 @@ def test_every_quote_stands_in_a_text(asked: list[str], texts: list[list[str]]) 
         name = answer.removeprefix("docs of ").removeprefix("The ")
         quotes = (name, *(name[at + len(" of ") :] for at in range(len(name)) if name.startswith(" of ", at)))
         quotes += (answer.partition(": ")[2],) if answer.startswith("docs of ") else ()
-        assert any(quote.lower() in text.lower() for quote in quotes if quote for text in said), answer
-        assert any(answer[-length:] in text for length in range(1, 3) for text in said), "as the text spells it"
+        assert any(quote.lower() in text.lower() for quote in quotes if quote for text in (HEADER, *said)), answer
+        assert any(answer[-length:] in text for length in range(1, 3) for text in (HEADER, *said)), (
+            "as the text spells it"
+        )
