@@ -188,10 +188,12 @@ class KVRows:
             elif span.stop > span.start:
                 out_NHd[span], lse_NH[span] = row.attend(layer, q_NHd[span], k_NGd[span], v_NGd[span], position)
         for bucket, ones in buckets.items():
-            together = len(ones) > 1 and bucket * _BUCKET <= _SHORT
-            for group in [ones] if together else [[one] for one in ones]:
-                at_B = torch.tensor([one.at.start for one in group], device=q_NHd.device)
-                out_NHd[at_B], lse_NH[at_B] = _attend_one_each(q_NHd[at_B], group)
+            if len(ones) > 1 and bucket * _BUCKET <= _SHORT:
+                at_B = torch.tensor([one.at.start for one in ones], device=q_NHd.device)
+                out_NHd[at_B], lse_NH[at_B] = _attend_one_each(q_NHd[at_B], ones)
+                continue
+            for one in ones:
+                out_NHd[one.at], lse_NH[one.at] = _attend_one_each(q_NHd[one.at], [one])
         return out_NHd.view_as(q_BTHd), lse_NH.view(q_BTHd.shape[:3])
 
     def spans(self, positions_BT: Tensor) -> list[tuple[slice, int]]:
