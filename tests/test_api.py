@@ -54,8 +54,8 @@ def test_contexts_of_two_models_are_not_asked_together(notes: Path, tiny_model: 
 def test_an_answer_is_a_quote_or_says_that_there_is_none(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Whatever the weights."""
     context = read_into(tmp_path / "ctx", herd.load(tiny_model), notes)
-    for question in ("What is the code of the north gate?", "code", "Which PIN has Ann Lee?", "def gate(?", "☃"):
-        [answer] = context.ask_many([question], max_tokens=120)
+    for question in ("What is the code of the north gate?", "Which PIN has Ann Lee?", "☃"):
+        [answer] = context.ask_many([question], max_tokens=80)
         assert answer.quoted
         there = [answer.text[at:] in notes.read_text() for at in range(len(answer.text) - 4)]
         assert answer.text.endswith(" is not in the context.") or any(there), answer.text

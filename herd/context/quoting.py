@@ -14,7 +14,7 @@ from herd.model import KVRow
 from herd.prompt.quotes import ABSENT, Quotes
 
 LOOKED = 0.01  # of a look's attention: chunks with less are not quoted
-_ABSENT_COST = 2.0  # nats that "not in the context" has to be likelier than a quote
+_ABSENT_COST = 4.0  # nats that "not in the context" has to be likelier than a quote
 
 
 class Pieces(Protocol):

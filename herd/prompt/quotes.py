@@ -5,9 +5,10 @@ An answer names something that the question names, and goes on as a text does af
 - `NAME…`: a line from the name to the line's end;
 - `def NAME(…)…`: a signature, to the end of its last line;
 - `method NAME in class C`, as the headers of chunks say it;
-- `docs of NAME: def NAME(…)…`: a definition up to the end of the line where its docstring's first sentence ends;
-- `The A of E…`: a line that holds A, from E on, where A and E are words of the question; and in a next line the same
-  again, with words of this one for E;
+- `docs of NAME: def NAME(…)…`: a definition up to the end of the line where its docstring's first sentence ends, or to
+  the end of the signature if it has none; or `docs of NAME: NAME…`, a line;
+- `The A of E…`: a line that holds A, or sets E, from E on, where A and E are words of the question; and in a next line
+  the same again, with words of this one for E;
 - any of these names, and ` is not in the context.`
 
 Strings are UTF-8 bytes, because tokens may end within a character.
@@ -24,6 +25,7 @@ _ATTRIBUTE_WORDS, _ENTITY_WORDS = 3, 7
 _TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|#[^\n]*|[()\[\]{}]")
 _DOC_OPEN = re.compile(r"[^\n]{0,80}:[ ]*(?:#[^\n]*)?\n\s*[rRuU]?(\"\"\"|''')\s*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t]*\n))")
+_SETS = re.compile(r"\s*[:=]+[=>]?\s")
 _METHOD = re.compile(r"method \w+ in class [\w.]+")
 # Neither names nor phrases begin or end with these.
 _FUNCTION_WORDS = frozenset(
@@ -62,7 +64,8 @@ class Quotes:
                 if found := _METHOD.match(header, at):
                     self._add(found.group())
             for at in _places(text, name):
-                self._add(_line(text, at))
+                for opening in ("", f"docs of {name}: "):
+                    self._add(opening + _line(text, at))
                 if at >= 4 and text.startswith("def ", at - 4):
                     self._add_definition(text, at - 4, name)
         self._add_things("", self._things, text)
@@ -92,11 +95,8 @@ class Quotes:
         for thing in things:
             for line, rest in [("", ABSENT)] if text is None else _lines(text, thing):
                 for attribute in self._attributes:
-                    if (
-                        attribute not in thing
-                        and thing not in attribute
-                        and _plain(attribute) in _plain(line or attribute)
-                    ):
+                    apart = attribute not in thing and thing not in attribute
+                    if apart and (_SETS.match(rest) or _plain(attribute) in _plain(line or attribute)):
                         self._add(f"{start}The {attribute} of {thing}{rest}")
 
     def _add_definition(self, text: str, at: int, name: str) -> None:
@@ -104,8 +104,8 @@ class Quotes:
         if end < 0:
             return
         self._add(text[at : line_end(text, end)])
-        if sentence := first_sentence(text, end):
-            self._add(f"docs of {name}: {text[at : line_end(text, sentence[1])]}")
+        _, last = first_sentence(text, end) or (end, end)
+        self._add(f"docs of {name}: {text[at : line_end(text, last)]}")
 
 
 def bracket_end(text: str, start: int, limit: int) -> int:

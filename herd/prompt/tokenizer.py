@@ -106,7 +106,7 @@ class Tokenizer:
     def raw(self, ids: Sequence[int]) -> bytes:
         """The bytes of ids, special tokens left out. Needs `byte_level`."""
         special = set(self._special.values())
-        return bytes(_BYTES[char] for i in ids if i not in special for char in self._core.id_to_token(i))
+        return bytes(_BYTES[char] for i in ids if i not in special for char in self._core.id_to_token(i) or "")
 
     def prefixes(self, data: bytes) -> list[int]:
         """Every token that these bytes begin with, the shortest first. Needs `byte_level`."""

@@ -87,7 +87,7 @@ def test_absence_has_to_be_likelier_than_a_quote(row: tuple[ContextCache, Contex
     cache, its = row
     look(cache, its, 1, 0)
     slightly, clearly = torch.zeros(256), torch.zeros(256)
-    slightly[ord("i")], clearly[ord("i")] = 1.0, 3.0
+    slightly[ord("i")], clearly[ord("i")] = 3.0, 5.0
     guide = Quoting("What is PORT?", Pieces())
     assert int(guide(list(b"PORT "), slightly, its).argmax()) == ord("=")
     assert int(guide(list(b"PORT "), clearly, its).argmax()) == ord("i")
