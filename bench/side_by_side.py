@@ -13,7 +13,7 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from bench.table import table
 from herd.checkpoint.cria import cria_path
 
 BITS8_AND_4 = ("herd int8", "llama.cpp Q8_0", "herd int4", "llama.cpp Q4_0")
-ALL = ("herd bf16", "vllm bf16", "transformers bf16", *BITS8_AND_4)
+ALL = ("herd bf16", "vllm bf16", "vllm bf16 eager", "transformers bf16", *BITS8_AND_4)
 WARM_TOKENS = 1024
 # Of log-probabilities in float32, where sums have another order. At a few positions two experts have all but the same
 # score, and another one is chosen: of a thousand one may differ by more. All after the first chunk are thirteen.
@@ -38,13 +38,17 @@ PARITY = {"vllm": {"dtype": "float32", "enforce_eager": True}, "llama.cpp": {"kv
 
 @dataclass(frozen=True)
 class Case:
-    """`sequences` prompts of `prompt` tokens are read, then `new` more tokens of each are made."""
+    """`sequences` prompts of `prompt` tokens are read, then `new` more tokens of each are made.
+
+    alone: no other subject is loaded while one runs, so that each has all of the memory.
+    """
 
     model: str
     sequences: int
     prompt: int
     new: int
     subjects: tuple[str, ...]
+    alone: bool = False
 
 
 CASES = {
@@ -54,8 +58,8 @@ CASES = {
     "mid-512": Case("mid", 1, 512, 64, BITS8_AND_4),
     "mid-4K": Case("mid", 1, 4096, 64, BITS8_AND_4),
     "mid-16K": Case("mid", 1, 16384, 32, BITS8_AND_4),
-    "mid-16x": Case("mid", 16, 128, 64, ("vllm bf16", *BITS8_AND_4)),
-    "small-128K": Case("small", 1, 131072, 32, (*ALL, "herd context int8")),
+    "mid-16x": Case("mid", 16, 128, 64, ("vllm bf16", "vllm bf16 eager", *BITS8_AND_4)),
+    "small-128K": Case("small", 1, 131072, 32, (*ALL, "herd context int8"), alone=True),
 }
 
 
@@ -135,38 +139,45 @@ def _difference(peer: str, herd: list[float], other: list[float] | str) -> dict[
 
 
 def measure(bench: Bench, title: str, case: Case, rounds: int) -> dict[str, Any]:
-    """All runs of a case: every subject loaded and warmed up, then one run of each in turn, `rounds` times."""
-    found: dict[str, dict[str, Any]] = {}
+    """All runs of a case: one of each subject in turn, `rounds` times. Who refuses is known from then on by the reason.
+
+    A subject is loaded and warmed up before its first run or, alone, before each.
+    """
+    found: dict[str, dict[str, Any]] = {name: {"runs": []} for name in case.subjects}
     runners: dict[str, Runner] = {}
     try:
-        for name in case.subjects:
-            found[name] = {"runs": []}
+        for name in () if case.alone else case.subjects:
             _guarded(found, runners, name, lambda name=name: _load(bench, case, name, runners))
         for i in range(rounds):
-            for name in list(runners):
-                run = _guarded(found, runners, name, lambda name=name: _run(bench, case, runners[name]))
-                if run:
-                    found[name]["runs"].append(run)
-                    found[name]["peak_gb"] = run.pop("peak_gb")
-                    say(f"{title} {i + 1}/{rounds} {name}: {run['prefill_s']:.2f} s + {run['decode_s']:.2f} s")
+            for name in [name for name in case.subjects if "runs" in found[name]]:
+                if case.alone:
+                    _guarded(found, runners, name, lambda name=name: _load(bench, case, name, runners))
+                if name in runners:
+                    _guarded(found, runners, name, lambda name=name: _run(bench, case, runners[name]))
+                if case.alone and name in runners:
+                    runners.pop(name).stop()
+                if run := found[name].get("runs", [])[i:]:
+                    say(f"{title} {i + 1}/{rounds} {name}: {run[0]['prefill_s']:.2f} s + {run[0]['decode_s']:.2f} s")
     finally:
         for runner in runners.values():
             runner.stop()
     return {**asdict(case), "subjects": found}
 
 
-def _guarded(found: dict[str, Any], runners: dict[str, Runner], name: str, call: Any) -> dict[str, Any] | None:
-    """What the call returns; a subject that refuses is stopped, and is known from then on by the reason."""
+def _guarded(found: dict[str, Any], runners: dict[str, Runner], name: str, call: Callable[[], dict[str, Any]]) -> None:
+    """Keep what the call brings; a subject that refuses is stopped."""
     try:
-        answer: dict[str, Any] = call()
-        found[name].update({"settings": answer["settings"]} if "settings" in answer else {})
-        return answer
+        answer = call()
+        found[name]["peak_gb"] = answer.pop("peak_gb")
+        if "settings" in answer:
+            found[name]["settings"] = answer["settings"]
+        else:
+            found[name]["runs"].append(answer)
     except Refused as reason:
         say(f"{name} cannot: {reason}")
         found[name] = {"refused": str(reason)}
         if name in runners:
             runners.pop(name).stop()
-        return None
 
 
 def _load(bench: Bench, case: Case, name: str, runners: dict[str, Runner]) -> dict[str, Any]:

@@ -19,7 +19,11 @@ class Vllm:
         asked |= {"enable_prefix_caching": False, **settings}
         self.llm = LLM(model=path, max_model_len=length, skip_tokenizer_init=True, **asked)
         self.vocabulary = self.llm.model_config.get_vocab_size()
-        self.settings = {**asked, "threads": threads}
+        self.settings = {
+            **asked,
+            "threads": threads,
+            "preloaded": [os.path.basename(x) for x in os.environ.get("LD_PRELOAD", "").split(":")],
+        }
 
     def run(self, sequences: int, prompt: int, new: int) -> dict[str, float]:
         engine = self.llm.llm_engine

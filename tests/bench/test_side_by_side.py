@@ -20,7 +20,7 @@ PEAKS = {"read_bytes_per_s": 1e10, "bf16_ops_per_s": 1e11, "int8_ops_per_s": 1e1
 def test_measures_herd_and_says_who_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sequences: int
 ) -> None:
-    case = Case("tiny", sequences, 300, 3, ("herd int8", "llama.cpp Q8_0"))
+    case = Case("tiny", sequences, 300, 3, ("herd int8", "llama.cpp Q8_0"), alone=sequences > 1)
     monkeypatch.setitem(side_by_side.CASES, "tiny", case)
     monkeypatch.setattr(side_by_side.limits, "measure", lambda threads: PEAKS)
     monkeypatch.setattr(side_by_side, "PARITY_TOKENS", 64)
