@@ -99,6 +99,14 @@ def test_perplexity_refuses_what_only_a_context_has(
         evaluation.run("perplexity", model, trials=1, workdir=tmp_path, **ignored)
 
 
+@pytest.mark.parametrize(("name", "lengths"), [("context", ["4K"]), ("perplexity", [])])
+def test_free_answers_only_where_answers_are_judged(
+    name: str, lengths: list[str], model: herd.Model, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="leave --free out"):
+        evaluation.run(name, model, lengths=lengths, trials=1, workdir=tmp_path, quote=False)
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "trials"), [("nothing", ["8K"], 1), ("needle", [], 1), ("needle", ["8K"], 0)]
 )
