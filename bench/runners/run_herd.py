@@ -19,9 +19,14 @@ class Engine:
 
     def run(self, sequences: int, prompt: int, new: int) -> dict[str, float]:
         ids = prompts(sequences, prompt, self.model.config.vocab_size)
-        watch = Stopwatch()
-        for _ in engine.stream(self.model.transformer, ids, max_tokens=new + 1):
-            watch.first()
+        begun, watch = set[int](), Stopwatch()
+        running = engine.Engine(self.model.transformer, rows=sequences)
+        for one in ids:
+            running.submit(engine.Request(one, new + 1))
+        for token in engine.stream(running):
+            begun.add(token.request)
+            if len(begun) == sequences:
+                watch.first()
         return watch.result(prompt, new)
 
     def logprobs(self, ids: list[int]) -> dict[str, Any]:
@@ -40,7 +45,7 @@ class Context(Engine):
             watch = Stopwatch()
             context = herd.Context.open(Path(name, "context"), self.model)
             report = context.read([path])
-            answer = context.ask("What is n1?", max_tokens=new + 1, on_text=lambda _: watch.first())
+            answer = context.ask("What is n1?", max_tokens=new + 1, quote=False, on_text=lambda _: watch.first())
             return watch.result(report.tokens, len(answer.ids) - 1)
 
     def _text(self, tokens: int) -> str:
