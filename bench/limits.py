@@ -3,13 +3,9 @@
 Also what a model needs of both, as its config says.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
+from bench.scan import median_seconds
 from herd.config import TextConfig
 
 READ_BYTES = 1 << 30  # far beyond all caches
@@ -24,20 +20,10 @@ def measure(threads: int, rounds: int = 7, gemm: int = GEMM, read_bytes: int = R
     whole = torch.randint(-127, 128, (gemm, gemm), dtype=torch.int8)
     operations = 2 * gemm**3
     return {
-        "read_bytes_per_s": read_bytes / _median(numbers.sum, rounds),
-        "bf16_ops_per_s": operations / _median(lambda: half @ half, rounds),
-        "int8_ops_per_s": operations / _median(lambda: torch._int_mm(whole, whole), rounds),
+        "read_bytes_per_s": read_bytes / median_seconds(numbers.sum, rounds),
+        "bf16_ops_per_s": operations / median_seconds(lambda: half @ half, rounds),
+        "int8_ops_per_s": operations / median_seconds(lambda: torch._int_mm(whole, whole), rounds),
     }
-
-
-def _median(call: Callable[[], Any], rounds: int) -> float:
-    call()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def decode_bytes(cfg: TextConfig, weight_bits: float, kv_bits: float, position: int) -> float:

@@ -1,4 +1,4 @@
-"""Hold an answer to quotes of what the model looks at: the answer and its citations cannot disagree.
+"""Hold an answer to quotes of what the model looks at.
 
 Shape suffix: V vocabulary.
 """

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from random import Random
 
 from herd.data import words
-from herd.data.lines import whole_line
 from herd.data.phrasings import CODE
 from herd.data.question import Question
 from herd.prompt.quotes import MAX_QUOTE, MAX_SIGNATURE, bracket_end, first_sentence, line_end
@@ -92,7 +91,7 @@ def _constants(text: str) -> list[Draft]:
             continue
         copied = f"{name}{sign}{rest}".rstrip()
         if len(copied) <= MAX_QUOTE:
-            drafts.append(("constant", name, copied, whole_line(text, found.start()), literal))
+            drafts.append(("constant", name, copied, _whole_line(text, found.start()), literal))
     return drafts
 
 
@@ -127,7 +126,7 @@ def _defines(text: str) -> list[Draft]:
         name, value = found.groups()
         copied = text[found.start(1) : line_end(text, found.start())]
         if len(value) <= MAX_LITERAL and len(copied) <= MAX_QUOTE and not value.endswith("\\"):
-            drafts.append(("constant", name, copied, whole_line(text, found.start()), value))
+            drafts.append(("constant", name, copied, _whole_line(text, found.start()), value))
     return drafts
 
 
@@ -140,7 +139,7 @@ def _functions(text: str) -> list[Draft]:
             continue
         value, last = text[found.end() - 1 : end], line_end(text, end)
         if last - start <= MAX_QUOTE:
-            evidence = whole_line(text, found.start())[:1] + text[found.start() : last]
+            evidence = _whole_line(text, found.start())[:1] + text[found.start() : last]
             drafts.append(("parameters", name, text[start:last], evidence, value))
         spoken = first_sentence(text, end)
         if spoken and spoken[1] - spoken[0] >= 12:
@@ -161,3 +160,9 @@ def _classes(text: str) -> list[Draft]:
             copied = f"method {method} in class {owner}"
             drafts.append(("class", method, copied, f" {copied}", owner))
     return drafts
+
+
+def _whole_line(text: str, start: int) -> str:
+    """The whole line at `start` with the line breaks around it, so that it matches nowhere else."""
+    end = text.find("\n", start)
+    return text[max(start - 1, 0) : end + 1 if end >= 0 else len(text)]

@@ -39,6 +39,7 @@ class Tokenizer:
         core.encode_special_tokens = True
         self._core = core
         self._special = {str(t.content): i for i, t in core.get_added_tokens_decoder().items() if t.special}
+        self._special_ids = frozenset(self._special.values())
         self._check_specials_stay_text()
         self.bos_id = self._special.get((named or {}).get("bos_token", ""))
         self.eos_ids = list(eos_ids)
@@ -105,14 +106,15 @@ class Tokenizer:
 
     def raw(self, ids: Sequence[int]) -> bytes:
         """The bytes of ids, special tokens left out. Needs `byte_level`."""
-        special = set(self._special.values())
-        return bytes(_BYTES[char] for i in ids if i not in special for char in self._core.id_to_token(i) or "")
+        return bytes(
+            _BYTES[char] for i in ids if i not in self._special_ids for char in self._core.id_to_token(i) or ""
+        )
 
     def prefixes(self, data: bytes) -> list[int]:
-        """Every token that these bytes begin with, the shortest first. Needs `byte_level`."""
-        text, special = "".join(_BYTE_CHARS[byte] for byte in data[:_LONGEST]), set(self._special.values())
+        """The tokens of up to 32 bytes that these bytes begin with, the shortest first. Needs `byte_level`."""
+        text = "".join(_BYTE_CHARS[byte] for byte in data[:_LONGEST])
         found = (self._core.token_to_id(text[:length]) for length in range(1, len(text) + 1))
-        return [i for i in found if i is not None and i not in special]
+        return [i for i in found if i is not None and i not in self._special_ids]
 
     def token_id(self, token: str) -> int:
         """Id of a token of the vocabulary, such as `<|im_end|>`. PromptError if there is none."""
