@@ -239,8 +239,7 @@ class Context:
         if (reason := too_long(stores, self._model.config.max_position_embeddings)) is not None:
             raise ContextError(reason)
         model, tokenizer = self._model, self._model.tokenizer
-        dtype = model.transformer.model.embed_tokens.weight.dtype
-        cache = ContextCache(stores, model.config, dtype)
+        cache = ContextCache(stores, model.config, model.transformer.memory_dtype)
         engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
         quote = quote and tokenizer.byte_level
         for question in questions:

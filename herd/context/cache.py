@@ -129,6 +129,10 @@ class ContextRows:
     ) -> None:
         self.cfg, self._runs, self._rows, self._own = cfg, runs, rows, KVRows(rows, counts)
 
+    def own(self, layer: int) -> KVRows | None:
+        """See herd.model.cache.Cache."""
+        return self._own if self.cfg.is_local(layer) or not self._runs else None
+
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
         """See herd.model.cache.Cache."""
         if self.cfg.is_local(layer) or not self._runs:

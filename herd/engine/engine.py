@@ -37,10 +37,11 @@ class Engine:
         """cache None: requests see nothing but themselves. At most `rows` requests run at a time, with `memory` bytes
         of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step."""
         assert rows > 0 and prompt_tokens > 0, (rows, prompt_tokens)
-        weight = transformer.model.embed_tokens.weight
+        dtype = transformer.memory_dtype
         self.transformer = transformer
-        self.cache: Memory = KVCache(transformer.config, weight.dtype) if cache is None else cache
-        self._scheduler = Scheduler(rows, memory, prompt_tokens)
+        self.cache: Memory = KVCache(transformer.config, dtype) if cache is None else cache
+        chunk = transformer.config.attention_chunk_size
+        self._scheduler = Scheduler(rows, memory, prompt_tokens, chunk, self.cache.start_position)
         self._next_id = 0
 
     def submit(self, request: Request) -> int:

@@ -22,9 +22,13 @@ class Scheduler:
     ones, so every job runs at last.
     """
 
-    def __init__(self, rows: int, memory: int | None, prompt_tokens: int) -> None:
-        """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step."""
+    def __init__(self, rows: int, memory: int | None, prompt_tokens: int, chunk: int | None, start: int) -> None:
+        """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step.
+
+        chunk: of attention; no piece reaches over the end of one. start: position of the first token of every job.
+        """
         self.rows, self.memory, self.prompt_tokens = rows, memory, prompt_tokens
+        self.chunk, self.start = chunk, start
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
 
@@ -52,7 +56,8 @@ class Scheduler:
         for job in self.running:
             count = len(job.ids) - job.seen
             if not job.answering:
-                count = min(count, left)
+                rest = left if self.chunk is None else self.chunk - (self.start + job.seen) % self.chunk
+                count = min(count, left, rest)
                 left -= count
             if count:
                 stop = job.seen + count

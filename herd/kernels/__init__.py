@@ -43,6 +43,7 @@ __all__ = [
     "pack",
     "quantize_kv",
     "rms_norm",
+    "runs_layers",
     "swiglu",
 ]
 
@@ -100,6 +101,11 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
 def pack(w_NK: Tensor, bits: int, group: int) -> Weight:
     """See `reference.pack`. A weight stays with the implementation that packed it."""
     return (native if _choice().native else reference).pack(w_NK, bits, group)
+
+
+def runs_layers(weight: Tensor, head_dim: int) -> bool:
+    """Whether `herd.kernels.layers` can run the layers of a model with such weights."""
+    return _choice().native and weight.device.type == "cpu" and native.fits(head_dim)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from herd.kernels import reference
 from herd.kernels.reference import Attention, Part
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WIDEST = 256  # head_dim, a multiple of 64
-_PANEL = 32  # outputs that are packed together (levels.h)
+PANEL = 32  # outputs that are packed together (levels.h)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BITS = {torch.int8: 8, torch.uint8: 4}  # of keys and values
 
@@ -32,7 +31,7 @@ def find() -> str | None:
     return None if found is None else found.origin
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """As in levels.h."""
 
     _fields_ = (("packed", _P), ("scale", _P), ("N", _I64), ("K", _I64), ("group", _I32), ("bits", _I32))
@@ -40,13 +39,18 @@ class _Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [N, K] in the library's order, with float32 scales [K / group, N rounded up]."""
+    """A weight [N, K] in the library's order, with float32 scales [K / group, N rounded up], none in 16 bits."""
 
     packed: Tensor
     scale: Tensor
     shape: tuple[int, int]
     group: int
     bits: int
+
+    def struct(self) -> Weight:
+        """It as the library sees it; good while this object lives."""
+        (N, K), scale = self.shape, self.scale
+        return Weight(self.packed.data_ptr(), scale.data_ptr(), N, K, self.group, self.bits)
 
 
 @functools.cache
@@ -62,22 +66,30 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_level.restype = ctypes.c_char_p
     library.herd_use_level.argtypes = (ctypes.c_char_p,)
     library.herd_causal.argtypes = (_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _P, _I64)
-    library.herd_pack.argtypes = (_P, _I64, _I64, _I32, _P)
-    library.herd_linear.argtypes = (ctypes.POINTER(_Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
+    library.herd_pack.argtypes = (_P, ctypes.POINTER(Weight), _I64)
+    library.herd_linear.argtypes = (ctypes.POINTER(Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
+    library.herd_project.argtypes = (_P, _P, _P, _P, _I64)
+    library.herd_finish.argtypes = (_P, _P, _P, _P, _I64)
+    library.herd_run.argtypes = (_P, _P, _I64, _P, _P, _I64, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _P, _I64, _P, _P, _P, _P)
     return library, library.herd_level().decode()
 
 
-def _library() -> ctypes.CDLL:
-    library, why = load()
-    assert library is not None, why
-    return library
+def library() -> ctypes.CDLL:
+    """The library, where there is one."""
+    found, why = load()
+    assert found is not None, why
+    return found
 
 
 def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
     """Whether `attend_parts` can do this: 8 or 4 bits on the CPU, head_dim a multiple of 64."""
-    d = q_GRd.shape[-1]
-    return d % 64 == 0 and d <= _WIDEST and all(part.k_GNd.dtype in _BITS for part in parts)
+    return fits(q_GRd.shape[-1]) and all(part.k_GNd.dtype in _BITS for part in parts)
+
+
+def fits(head_dim: int) -> bool:
+    """Whether heads have so many dimensions as attention here can take: a multiple of 64, at most 256."""
+    return head_dim % 64 == 0 and head_dim <= _WIDEST
 
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
@@ -90,7 +102,7 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
     lse_KGR, left_out_GR = torch.empty(K, G, R), torch.empty(G, R)
     results = (x.data_ptr() for x in (out_GRd, lse_GR, lse_KGR, left_out_GR))
     known, threads = elsewhere_GR.data_ptr(), torch.get_num_threads()
-    _library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, known, threads, *results)
+    library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, known, threads, *results)
     return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
 
 
@@ -103,11 +115,9 @@ def _heads(part: Part) -> list[_Tokens]:
 
 
 def takes_causal(*parts: Tensor) -> bool:
-    """Whether `causal_attention` can do this: bfloat16 without gradients, on an instruction set that multiplies it."""
-    library, _ = load()
-    fits = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 64 == 0 for x in parts)
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
-    return library is not None and fits and not grad and bool(library.herd_has_causal())
+    """Whether `causal_attention` can do this: bfloat16 without gradients, head_dim a multiple of 64."""
+    taken = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and fits(x.shape[-1]) for x in parts)
+    return taken and not (torch.is_grad_enabled() and any(x.requires_grad for x in parts))
 
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
@@ -115,18 +125,20 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     q, k, v = (x.contiguous() for x in (q_BTHd, k_BTGd, v_BTGd))
     (B, T, H, d), G, out_BTHd = q.shape, k.shape[2], torch.empty_like(q)
     addresses = (x.data_ptr() for x in (q, k, v))
-    _library().herd_causal(*addresses, B, T, H, G, d, out_BTHd.data_ptr(), torch.get_num_threads())
+    library().herd_causal(*addresses, B, T, H, G, d, out_BTHd.data_ptr(), torch.get_num_threads())
     return out_BTHd
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
-    """As `reference.pack`."""
-    plain = reference.pack(w_NK, bits, group)
-    N, K = plain.q_NK.shape
-    width = -(-N // _PANEL) * _PANEL
+    """As `reference.pack`; 16 bits are bfloat16, where group counts for nothing."""
+    N, K = w_NK.shape
+    width = -(-N // PANEL) * PANEL
     packed = torch.empty(width * K * bits // 8, dtype=torch.uint8)
-    _library().herd_pack(plain.q_NK.data_ptr(), N, K, bits, packed.data_ptr())
-    return PackedWeight(packed, nn.functional.pad(plain.scale_gN, (0, width - N)), (N, K), group, bits)
+    scale = torch.zeros(0 if bits == 16 else K // group, width)
+    weight = PackedWeight(packed, scale, (N, K), group, bits)
+    w_NK = w_NK.float().contiguous()
+    library().herd_pack(w_NK.data_ptr(), ctypes.byref(weight.struct()), torch.get_num_threads())
+    return weight
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -134,7 +146,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     (N, K), x_MK = weight.shape, x.flatten(0, -2).contiguous()
     assert x_MK.shape[1] == K and x.device.type == "cpu", (x.shape, weight.shape, x.device)
     out_MN = x_MK.new_empty(len(x_MK), N)
-    w = _Weight(weight.packed.data_ptr(), weight.scale.data_ptr(), N, K, weight.group, weight.bits)
     kind, threads = _TYPES[x.dtype], torch.get_num_threads()
-    _library().herd_linear(ctypes.byref(w), x_MK.data_ptr(), K, len(x_MK), out_MN.data_ptr(), N, kind, threads)
+    w = ctypes.byref(weight.struct())
+    library().herd_linear(w, x_MK.data_ptr(), K, len(x_MK), out_MN.data_ptr(), N, kind, threads)
     return out_MN.unflatten(0, x.shape[:-1])

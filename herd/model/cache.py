@@ -4,6 +4,7 @@ Shape suffixes: B batch, T new tokens, N new tokens of all sequences, S remember
 heads, d head_dim.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from herd.config import TextConfig
-from herd.kernels import attend
+from herd.kernels import attend, layers
 
 _QUERIES = 256  # that are compared with all keys at a time; bounds the memory of a long prompt
 # Sequences that go on by one token are put together where starting an operation for each costs more than copying their
@@ -31,6 +32,11 @@ class Cache(Protocol):
         """
         ...
 
+    def own(self, layer: int) -> "KVRows | None":
+        """The rows, if in this layer they see nothing but themselves: a packed model then keeps keys and values in
+        them itself (`KVRow.packed`). None: `attend` is to be asked."""
+        ...
+
 
 def visible(query_BT: Tensor, key_BS: Tensor, chunk: int | None) -> Tensor:
     """Which keys a query sees [B, T, S]: real, not later, and for local layers in the same chunk (spec §2.4)."""
@@ -40,13 +46,13 @@ def visible(query_BT: Tensor, key_BS: Tensor, chunk: int | None) -> Tensor:
 
 
 def capacity(cfg: TextConfig, layer: int, tokens: int) -> int:
-    """Of how many tokens a layer keeps keys and values for a sequence of so many: local layers keep one chunk."""
+    """For how many tokens a layer has room where a sequence has so many: local ones for a chunk; in whole panels."""
     chunk = cfg.attention_chunk_size
-    return min(chunk, tokens) if chunk is not None and cfg.is_local(layer) else tokens
+    return layers.whole_panels(min(chunk, tokens) if chunk is not None and cfg.is_local(layer) else tokens)
 
 
 def bytes_needed(cfg: TextConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the keys and values of one sequence take in memory, known before it runs."""
+    """Bytes that the keys and values of one sequence take in memory at most, known before it runs."""
     kept = sum(capacity(cfg, layer, tokens) for layer in range(cfg.num_hidden_layers))
     return 2 * kept * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
 
@@ -58,6 +64,7 @@ class _Layer:
         self.chunk = cfg.attention_chunk_size if cfg.is_local(layer) else None
         shape = (2, cfg.num_key_value_heads, capacity(cfg, layer, tokens), cfg.head_dim)
         self.kv_2GSd = like.new_empty(shape)
+        self.room = tokens if self.chunk is None else min(self.chunk, tokens)
         self.held, self.end = 0, 0  # tokens, and the position after the last of them
 
     def remember(self, k_TGd: Tensor, v_TGd: Tensor, position: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +73,7 @@ class _Layer:
         if self.chunk is not None and self.held and position // self.chunk != (self.end - 1) // self.chunk:
             self.held = 0
         stop = self.held + len(k_TGd)
-        assert stop <= self.kv_2GSd.shape[2], f"{stop} tokens in memory for {self.kv_2GSd.shape[2]}"
+        assert stop <= self.room, f"{stop} tokens in memory for {self.room}"
         self.kv_2GSd[0, :, self.held : stop] = k_TGd.transpose(0, 1)
         self.kv_2GSd[1, :, self.held : stop] = v_TGd.transpose(0, 1)
         self.held, self.end = stop, position + len(k_TGd)
@@ -84,6 +91,36 @@ class KVRow:
         self.cfg, self.tokens, self.dtype = cfg, tokens, dtype
         self.nbytes = bytes_needed(cfg, tokens, dtype)
         self._layers: dict[int, _Layer] = {}
+        self._packed: dict[int, Tensor] = {}
+        self._addresses: dict[range, ctypes.Array[ctypes.c_void_p]] = {}
+        self._start: int | None = None
+
+    def packed(self, layer: int) -> Tensor:
+        """Memory that a packed model keeps this layer's keys and values in, in its own order (`kernels.layers`)."""
+        if layer not in self._packed:
+            cfg = self.cfg
+            tokens = capacity(cfg, layer, self.tokens)
+            self._packed[layer] = layers.memory(tokens, cfg.num_key_value_heads, cfg.head_dim)
+        return self._packed[layer]
+
+    @property
+    def local_capacity(self) -> int:
+        """For how many tokens there is room in local layers."""
+        chunk = self.cfg.attention_chunk_size
+        return self.tokens if chunk is None else min(chunk, self.tokens)
+
+    def addresses(self, run: range) -> int:
+        """Where the addresses of some layers' memory stand, for `kernels.layers.Span`."""
+        if run not in self._addresses:
+            self._addresses[run] = layers.addresses([self.packed(layer) for layer in run])
+        return ctypes.addressof(self._addresses[run])
+
+    def past(self, position: int) -> tuple[int, int]:
+        """How many tokens local and global layers remember before the one at `position`, which comes next."""
+        if self._start is None:
+            self._start = position
+        tokens, chunk = position - self._start, self.cfg.attention_chunk_size
+        return (tokens if chunk is None else min(tokens, position % chunk)), tokens
 
     def remember(self, layer: int, k_TGd: Tensor, v_TGd: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Add tokens that follow each other from `position` on, for local layers within one chunk.
@@ -118,6 +155,8 @@ class KVRow:
     def close(self) -> None:
         """Give the memory back. What the sequence is asked about afterwards does not need it."""
         self._layers.clear()
+        self._packed.clear()
+        self._addresses.clear()
 
 
 def _attend_to_the_past(q_THd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -168,6 +207,10 @@ class KVRows:
         self.rows, self.counts = rows, counts
         self._positions: Tensor | None = None
         self._spans: list[tuple[slice, int]] = []
+
+    def own(self, layer: int) -> "KVRows":
+        """See `Cache`."""
+        return self
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
         """See `Cache`."""

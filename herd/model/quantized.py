@@ -3,19 +3,23 @@
 Shape suffixes: N tokens, D hidden, F expert width, E experts.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from herd.errors import ConfigError
-from herd.kernels import Weight, linear, pack, swiglu
+from herd.kernels import Weight, linear, runs_layers, swiglu
+from herd.kernels import pack as pack_weight
 from herd.model.moe import Experts, MoE
+from herd.model.packed import Bits, pack
 from herd.model.transformer import Transformer
 
 
 class QuantizedLinear(nn.Module):
     def __init__(self, weight: Tensor, bits: int, group: int) -> None:
         super().__init__()
-        self.weight = pack(weight.detach(), bits, group)
+        self.weight = pack_weight(weight.detach(), bits, group)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
@@ -27,8 +31,8 @@ class QuantizedExperts(nn.Module):
     def __init__(self, experts: Experts, bits: int, group: int) -> None:
         super().__init__()
         # Packed as [out, in]; checkpoints hold [in, out].
-        self.gate_up: list[Weight] = [pack(w.detach().T, bits, group) for w in experts.gate_up_proj]
-        self.down: list[Weight] = [pack(w.detach().T, bits, group) for w in experts.down_proj]
+        self.gate_up: list[Weight] = [pack_weight(w.detach().T, bits, group) for w in experts.gate_up_proj]
+        self.down: list[Weight] = [pack_weight(w.detach().T, bits, group) for w in experts.down_proj]
 
     def forward(self, x_ND: Tensor, expert_N: Tensor) -> Tensor:
         out_ND = torch.empty_like(x_ND)
@@ -40,24 +44,30 @@ class QuantizedExperts(nn.Module):
 
 
 def quantize(transformer: Transformer, bits: int, group: int) -> None:
-    """Replace every linear layer in place, the head included; embeddings, norms and routers stay as they are.
+    """Quantise every linear layer in place, the head included; embeddings, norms and routers stay as they are.
 
-    ConfigError if bits is not 8 or 4, or a layer's inputs are no multiple of group, or that of 8.
+    Where the native library can, it runs the layers from then on (`Packed`). ConfigError if bits is not 8 or 4, or a
+    layer's inputs are no multiple of group, or that of 8.
     """
     if bits not in (4, 8) or group < 8 or group % 8:
         raise ConfigError(f"weights can have 8 or 4 bits in groups that are multiples of 8, not {bits} in {group}")
+    for name, inputs in _inputs(transformer):
+        if inputs % group:
+            raise ConfigError(f"{name} has {inputs} inputs, no multiple of the group of {group}")
+    if runs_layers(transformer.lm_head.weight, transformer.config.head_dim):
+        pack(transformer, Bits(bits, group))
+        return
     for parent in list(transformer.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Experts):
-                setattr(parent, name, QuantizedExperts(_fitting(layer, group), bits, group))
+                setattr(parent, name, QuantizedExperts(layer, bits, group))
             elif isinstance(layer, nn.Linear) and not (isinstance(parent, MoE) and name == "router"):
-                if layer.in_features % group:
-                    raise ConfigError(f"{name} has {layer.in_features} inputs, no multiple of the group of {group}")
                 setattr(parent, name, QuantizedLinear(layer.weight, bits, group))
 
 
-def _fitting(experts: Experts, group: int) -> Experts:
-    for inputs in (experts.gate_up_proj.shape[1], experts.down_proj.shape[1]):
-        if inputs % group:
-            raise ConfigError(f"experts have {inputs} inputs, no multiple of the group of {group}")
-    return experts
+def _inputs(transformer: Transformer) -> Iterator[tuple[str, int]]:
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear) and not name.endswith(".router"):
+            yield name, layer.in_features
+        elif isinstance(layer, Experts):
+            yield from ((name, weight.shape[1]) for weight in (layer.gate_up_proj, layer.down_proj))

@@ -15,6 +15,7 @@ from herd.kernels import rms_norm
 from herd.model.attention import Attention
 from herd.model.cache import Cache
 from herd.model.moe import DenseMLP, MoE
+from herd.model.packed import Packed
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +58,12 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.packed: Packed | None = None  # runs in place of the layers and the head, which are then gone
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """Of the keys and values that it attends with."""
+        return torch.bfloat16 if self.packed is not None else self.model.embed_tokens.weight.dtype
 
     @property
     def blocks(self) -> list[Block]:
@@ -76,12 +83,16 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.model.embed_tokens(ids_BT)
+        if self.packed is not None:
+            return self.packed.states(x_BTD, positions_BT, cache)
         for block in self.model.layers:
             x_BTD = block(x_BTD, positions_BT, cache)
         return x_BTD
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., V] in float32 of some of the `states` [..., D]."""
+        if self.packed is not None:
+            return self.packed.logits(x)
         return self.lm_head(self.model.norm(x)).float()
 
     def read(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +109,8 @@ class Transformer(nn.Module):
         assert chunk is None or ids_BT.shape[1] <= chunk, "a row is at most one chunk"
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.model.embed_tokens(ids_BT)
+        if self.packed is not None:
+            return self.packed.key_value(x_BTD, positions_BT, layers[0])
         for block in self.model.layers[: layers[0]]:
             x_BTD = block(x_BTD, positions_BT, None)
         block = self.model.layers[layers[0]]

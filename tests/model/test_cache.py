@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
+from herd.kernels.layers import whole_panels
 from herd.model import KVCache, Transformer, bytes_needed
 from herd.model.cache import KVRows, visible
 from tests.model.tiny_models import CHUNK, build, memory, tiny, tokens
@@ -106,7 +107,7 @@ def test_local_layers_remember_at_most_one_chunk() -> None:
         model(tokens(1, stop - step), positions, cache)
         step = stop
         assert [remembered(cache, i) for i in range(4)] == [(step - 1) % CHUNK + 1] * 3 + [step]
-        assert held_bytes(cache) == (3 * CHUNK + 5 * CHUNK) * (2 * 2 * 8 * 4)
+        assert held_bytes(cache) == (3 * whole_panels(CHUNK) + whole_panels(5 * CHUNK)) * (2 * 2 * 8 * 4)
 
 
 @torch.inference_mode()

@@ -6,11 +6,13 @@
 
 namespace herd {
 
-#define LEVEL(level)                       \
-  extern const Attend attend_##level;      \
-  extern const Linear linear_##level;      \
-  extern const Causal causal_##level;      \
-  static const Ops ops_##level = {#level, attend_##level, linear_##level, causal_##level};
+#define LEVEL(level)                  \
+  extern const Attend attend_##level; \
+  extern const Pack pack_##level;     \
+  extern const Linear linear_##level; \
+  extern const Causal causal_##level; \
+  extern const Layers layers_##level; \
+  static const Ops ops_##level = {#level, attend_##level, pack_##level, linear_##level, causal_##level, layers_##level};
 LEVEL(portable)
 #if defined(HERD_HAS_avx2)
 LEVEL(avx2)
@@ -67,22 +69,7 @@ API int32_t herd_use_level(const char* name) {
   return 0;
 }
 
-// Pack signed weights [N, K] (8 bits: -127 to 127; 4 bits: -8 to 7) into panels; `out` holds panels(N) * 32 * K * bits / 8.
-API void herd_pack(const int8_t* q, int64_t N, int64_t K, int32_t bits, uint8_t* out) {
-  const int64_t inputs = bits == 8 ? 4 : 8;
-  std::memset(out, bits == 8 ? 128 : 0x88, herd::panels(N) * herd::PANEL * K * bits / 8);
-  for (int64_t n = 0; n < N; n++)
-    for (int64_t k = 0; k < K; k++) {
-      const int64_t panel = n / herd::PANEL, lane = n % herd::PANEL, step = k / inputs, i = k % inputs;
-      uint8_t* cell = out + ((panel * (K / inputs) + step) * herd::PANEL + lane) * 4 + i % 4;
-      if (bits == 8)
-        *cell = (uint8_t)(q[n * K + k] + 128);
-      else if (i < 4)
-        *cell = (uint8_t)((*cell & 0xf0) | (q[n * K + k] + 8));
-      else
-        *cell = (uint8_t)((*cell & 0x0f) | (q[n * K + k] + 8) << 4);
-    }
-}
+API void herd_pack(const float* w, herd::Weight* to, int64_t threads) { herd::chosen()->pack(w, *to, threads); }
 
 API void herd_linear(const herd::Weight* w, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride,
                      int32_t type, int64_t threads) {
@@ -95,10 +82,22 @@ API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd
   herd::chosen()->attend(q, G, R, d, tokens, K, missed, elsewhere, threads, out, lse, part_lse, left_out);
 }
 
-// 1 if this instruction set has it.
-API int32_t herd_has_causal() { return herd::chosen()->causal != nullptr; }
-
 API void herd_causal(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H, int64_t G,
                      int64_t d, uint16_t* out, int64_t threads) {
   herd::chosen()->causal(q, k, v, B, T, H, G, d, out, threads);
+}
+
+API void herd_project(const herd::Decoder* decoder, const herd::Layer* layer, const herd::Batch* batch, float* qkv,
+                      int64_t threads) {
+  herd::chosen()->layers.project(*decoder, *layer, *batch, qkv, threads);
+}
+
+API void herd_finish(const herd::Decoder* decoder, const herd::Layer* layer, const herd::Batch* batch,
+                     const float* attended, int64_t threads) {
+  herd::chosen()->layers.finish(*decoder, *layer, *batch, attended, threads);
+}
+
+API void herd_run(const herd::Decoder* decoder, const herd::Layer* layers, int64_t count, const herd::Batch* batch,
+                  const herd::Sequence* sequences, int64_t S, int64_t threads) {
+  herd::chosen()->layers.run(*decoder, layers, count, *batch, sequences, S, threads);
 }

@@ -11,16 +11,20 @@ namespace herd {
 // Element types of activations, as numbered in native.py.
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
-// A weight of N outputs and K inputs in 8 or 4 bits, packed by `herd_pack`; a scale for each output and `group` of inputs.
+// A weight of N outputs and K inputs as `herd_pack` packs it (product.h): in 8 or 4 bits, with a scale for each output and
+// `group` of inputs, or in 16 (bfloat16). group, and K, are multiples of 8.
 struct Weight {
-  const uint8_t* packed;
-  const float* scale;  // [K / group, panels(N) * 32]
+  const uint8_t* packed;  // panels(N) * 32 * K * bits / 8 bytes
+  const float* scale;     // [K / group, panels(N) * 32]; none in 16 bits
   int64_t N, K;
   int32_t group, bits;
 };
 
 constexpr int64_t PANEL = 32;  // outputs that one tile computes together
 inline int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+// Fill the memory of a weight from numbers [N, K].
+using Pack = void (*)(const float* w, Weight&, int64_t threads);
 
 // x [M, K] times weight^T to out [M, N]; strides in elements; each row of x is quantised to int8 in the same groups.
 using Linear = void (*)(const Weight&, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride, Type,
@@ -43,16 +47,61 @@ using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const T
                         const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse,
                         float* left_out);
 
-// Causal attention of B sequences of T tokens in bfloat16: q, out [B, T, H, d], k, v [B, T, G, d], d a multiple of 64.
-// Null where there is no native one.
+constexpr int64_t MOST_DIMENSIONS = 256;  // of a head; d is a multiple of 64
+
+// Causal attention of B sequences of T tokens in bfloat16: q, out [B, T, H, d], k, v [B, T, G, d].
 using Causal = void (*)(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H,
                         int64_t G, int64_t d, uint16_t* out, int64_t threads);
+
+// A SwiGLU block: gate_up holds 16 gates, the 16 ups that belong to them, and so on.
+struct Mlp {
+  Weight gate_up, down;
+};
+
+struct Layer {
+  const float *attention_norm, *mlp_norm;  // [D]
+  Weight qkv, out;                         // all heads' q, then k, then v
+  Mlp shared;                              // or the only one
+  const Mlp* experts;                      // [E]
+  const float* router;                     // [E, D]
+  int64_t E, top_k;                        // 0, 0: dense
+  int32_t local, qk_norm;
+};
+
+struct Decoder {
+  int64_t D, H, G, d;  // hidden size, query heads, key/value heads, their dimensions (a multiple of 64)
+  float eps;
+};
+
+// N tokens: x [N, D], cosines and sines of their angles [N, d / 2, 2], factors of global queries [N] or null.
+struct Batch {
+  int64_t N;
+  float* x;
+  const float *turns, *temperature;
+};
+
+// Tokens of one sequence from `first` of the batch on, in one attention chunk, after `past` ones that local (global)
+// layers remember in memory for `capacity` tokens: of each layer, own.h says how; it begins as zeros.
+struct Sequence {
+  int64_t first, tokens, local_past, global_past, local_capacity, global_capacity;
+  uint16_t* const* memory;
+};
+
+// project: q, k and v [N, (H + 2 G) d] that a layer attends with. finish: x after the layer, from what attention gave
+// [N, H, d]. run: x after some layers whose sequences see nothing but themselves.
+struct Layers {
+  void (*project)(const Decoder&, const Layer&, const Batch&, float* qkv, int64_t threads);
+  void (*finish)(const Decoder&, const Layer&, const Batch&, const float* attended, int64_t threads);
+  void (*run)(const Decoder&, const Layer*, int64_t count, const Batch&, const Sequence*, int64_t S, int64_t threads);
+};
 
 struct Ops {
   const char* name;
   Attend attend;
+  Pack pack;
   Linear linear;
   Causal causal;
+  Layers layers;
 };
 
 }  // namespace herd

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "half.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -20,6 +22,7 @@ struct Float16 {
   __m512 v;
 };
 inline Int16 zero_int() { return {_mm512_setzero_si512()}; }
+inline Int16 all_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Float16 zero_float() { return {_mm512_setzero_ps()}; }
 inline Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Float16 a) { _mm512_storeu_ps(p, a.v); }
@@ -37,8 +40,24 @@ struct Bytes {
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// In assembly, because GCC copies sums of the intrinsic from register to register, and runs out of them.
 inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
-  return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x4))};
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(x4)));
+  return acc;
+}
+
+// 16 pairs of numbers in bfloat16.
+struct Pairs {
+  __m512i v;
+};
+// 32 numbers as bfloat16, rounded to the nearest.
+inline void store_halves(uint16_t* p, Float16 first, Float16 second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
+inline Pairs load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Float16 multiply_add(Float16 sum, Pairs a, uint32_t pair) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(_mm512_set1_epi32((int32_t)pair)));
+  return sum;
 }
 
 #elif defined(__AVX2__)
@@ -50,6 +69,7 @@ struct Float16 {
   __m256 a, b;
 };
 inline Int16 zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Int16 all_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Float16 zero_float() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, Float16 x) {
@@ -96,6 +116,22 @@ inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
   return {dot_half(acc.a, w.a, even, odd), dot_half(acc.b, w.b, even, odd)};
 }
 
+struct Pairs {
+  __m256i a, b;
+};
+inline Pairs load_pairs(const uint16_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
+}
+inline __m256 multiply_add_half(__m256 sum, __m256i x, __m256 first, __m256 second) {
+  const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int32_t)0xffff0000)));
+  return _mm256_fmadd_ps(high, second, _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), first, sum));
+}
+inline Float16 multiply_add(Float16 sum, Pairs x, uint32_t pair) {
+  const __m256 first = _mm256_castsi256_ps(_mm256_set1_epi32((int32_t)(pair << 16)));
+  const __m256 second = _mm256_castsi256_ps(_mm256_set1_epi32((int32_t)(pair & 0xffff0000)));
+  return {multiply_add_half(sum.a, x.a, first, second), multiply_add_half(sum.b, x.b, first, second)};
+}
+
 #elif defined(__ARM_FEATURE_DOTPROD)
 
 struct Int16 {
@@ -110,6 +146,10 @@ struct Bytes {
 inline Int16 zero_int() {
   const int32x4_t z = vdupq_n_s32(0);
   return {{z, z, z, z}};
+}
+inline Int16 all_int(int32_t x) {
+  const int32x4_t all = vdupq_n_s32(x);
+  return {{all, all, all, all}};
 }
 inline Float16 zero_float() {
   const float32x4_t z = vdupq_n_f32(0);
@@ -162,6 +202,23 @@ inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
   return acc;
 }
 
+struct Pairs {
+  uint32x4_t v[4];
+};
+inline Pairs load_pairs(const uint16_t* p) {
+  Pairs x;
+  for (int i = 0; i < 4; i++) x.v[i] = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
+  return x;
+}
+inline Float16 multiply_add(Float16 sum, Pairs x, uint32_t pair) {
+  const float first = widen((uint16_t)pair), second = widen((uint16_t)(pair >> 16));
+  for (int i = 0; i < 4; i++) {
+    sum.v[i] = vfmaq_n_f32(sum.v[i], vreinterpretq_f32_u32(vshlq_n_u32(x.v[i], 16)), first);
+    sum.v[i] = vfmaq_n_f32(sum.v[i], vreinterpretq_f32_u32(vandq_u32(x.v[i], vdupq_n_u32(0xffff0000u))), second);
+  }
+  return sum;
+}
+
 #else
 
 struct Int16 {
@@ -174,6 +231,11 @@ struct Bytes {
   uint8_t v[64];
 };
 inline Int16 zero_int() { return {}; }
+inline Int16 all_int(int32_t x) {
+  Int16 all;
+  for (int i = 0; i < 16; i++) all.v[i] = x;
+  return all;
+}
 inline Float16 zero_float() { return {}; }
 inline Float16 load(const float* p) {
   Float16 x;
@@ -227,6 +289,29 @@ inline Int16 dot(Int16 acc, Bytes w, int32_t x4) {
   return acc;
 }
 
+struct Pairs {
+  uint16_t v[32];
+};
+inline Pairs load_pairs(const uint16_t* p) {
+  Pairs x;
+  std::memcpy(x.v, p, sizeof x.v);
+  return x;
+}
+inline Float16 multiply_add(Float16 sum, Pairs x, uint32_t pair) {
+  const float first = widen((uint16_t)pair), second = widen((uint16_t)(pair >> 16));
+  for (int i = 0; i < 16; i++) sum.v[i] += widen(x.v[2 * i]) * first + widen(x.v[2 * i + 1]) * second;
+  return sum;
+}
+
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline void store_halves(uint16_t* p, Float16 first, Float16 second) {
+  float wide[32];
+  store(wide, first);
+  store(wide + 16, second);
+  for (int i = 0; i < 32; i++) p[i] = narrow(wide[i]);
+}
 #endif
 
 // The largest of 16 * k numbers.

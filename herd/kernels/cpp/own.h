@@ -1,0 +1,103 @@
+// Attention of a sequence's tokens to its own keys and values, kept in bfloat16 as products (product.h) want weights:
+// keys are outputs whose inputs are dimensions, values outputs (dimensions) whose inputs are tokens. Some queries go over
+// their keys in spans whose logits stay in cache; softmax is in float32.
+#pragma once
+#include "product.h"
+#include "vector_math.h"
+
+namespace herd {
+namespace {
+
+constexpr int64_t SPAN = 512;  // keys whose logits are kept
+
+// Memory is in whole panels of tokens.
+inline int64_t whole(int64_t tokens) { return panels(tokens) * PANEL; }
+
+// Keys and values of one head: keys [capacity / 32, d / 2, 32, 2], then values [d / 32, capacity / 2, 32, 2]. What was
+// never written must be finite, because it is multiplied with 0.
+struct Memory {
+  uint16_t *keys, *values;
+  int64_t capacity, d;
+
+  Memory(uint16_t* heads, int64_t g, int64_t tokens, int64_t d)
+      : keys(heads + 2 * g * whole(tokens) * d), values(keys + whole(tokens) * d), capacity(whole(tokens)), d(d) {}
+
+  void put(int64_t token, const float* k, const float* v) {
+    uint16_t* to = keys + token / PANEL * PANEL * d + token % PANEL * 2;
+    for (int64_t i = 0; i < d; i++) to[i / 2 * PANEL * 2 + i % 2] = narrow(k[i]);
+    to = values + token / 2 * PANEL * 2 + token % 2;
+    for (int64_t i = 0; i < d; i++) to[i / PANEL * PANEL * capacity + i % PANEL * 2] = narrow(v[i]);
+  }
+};
+
+// One query: where it is, how many tokens it sees, and where its result goes.
+struct Query {
+  const float* q;
+  int64_t sees;
+  float* out;
+};
+
+struct Softmax {
+  float most, sum;
+
+  // Logits of `span` tokens, of which the first `seen` count, to weights; returns what earlier ones are multiplied with.
+  float take(float* logit, int64_t seen, int64_t span, uint16_t* weight) {
+    if (seen <= 0) {
+      std::memset(weight, 0, span * 2);
+      return 1;
+    }
+    for (int64_t t = seen; t < span; t++) logit[t] = LOWEST;
+    const float before = most, here = largest(logit, span);
+    most = here > before ? here : before;
+    const float factor = std::exp(before - most);
+    sum = sum * factor + exponentials(logit, span, most);
+    for (int64_t t = 0; t < span; t += 32) store_halves(weight + t, load(logit + t), load(logit + t + 16));
+    return factor;
+  }
+};
+
+// R queries, ordered by how many tokens they see; q is multiplied with `scale`.
+template <int R>
+void attend_queries(const Memory& memory, const Query* queries, float scale) {
+  const int64_t d = memory.d, seen = queries[R - 1].sees;
+  alignas(64) float logit[R][SPAN], sums[R * PANEL];
+  alignas(64) uint16_t weight[R][SPAN];
+  uint16_t q[R * MOST_DIMENSIONS];
+  Softmax softmax[R];
+  for (int r = 0; r < R; r++) {
+    softmax[r] = {LOWEST, 0};
+    for (int64_t i = 0; i < d; i++) q[(i / 2 * R + r) * 2 + i % 2] = narrow(queries[r].q[i] * scale);
+    std::memset(queries[r].out, 0, d * 4);
+  }
+  for (int64_t from = 0; from < seen; from += SPAN) {
+    const int64_t span = least(SPAN, whole(seen - from));
+    for (int64_t t = 0; t < span; t += PANEL)
+      half_sums<R>(memory.keys + (from + t) * d, d / 2, (const uint8_t*)q, &logit[0][t], SPAN);
+    float factor[R];
+    for (int r = 0; r < R; r++) factor[r] = softmax[r].take(logit[r], queries[r].sees - from, span, weight[r]);
+    for (int64_t i = 0; i < d; i += PANEL) {
+      const uint16_t* values = memory.values + i * memory.capacity + from * PANEL;
+      half_sums<R, 2 * SPAN>(values, span / 2, (const uint8_t*)weight, sums, PANEL);
+      for (int r = 0; r < R; r++)
+        for (int64_t j = 0; j < PANEL; j++) {
+          float& out = queries[r].out[i + j];
+          out = out * factor[r] + sums[r * PANEL + j];
+        }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int64_t i = 0; i < d; i++) queries[r].out[i] /= softmax[r].sum;
+}
+
+using AttendQueries = void (*)(const Memory&, const Query*, float);
+
+// At most ROWS queries.
+inline void attend_own(const Memory& memory, const Query* queries, int64_t count, float scale) {
+  static constexpr AttendQueries table[ROWS] = {
+      attend_queries<1>, attend_queries<2>, attend_queries<3>, attend_queries<4>,  attend_queries<5>,  attend_queries<6>,
+      attend_queries<7>, attend_queries<8>, attend_queries<9>, attend_queries<10>, attend_queries<11>, attend_queries<12>};
+  table[count - 1](memory, queries, scale);
+}
+
+}  // namespace
+}  // namespace herd

@@ -1,0 +1,145 @@
+"""A decoder whose layers the native library runs: packed weights, float32 activations, bfloat16 keys and values.
+
+Shape suffixes: B batch, T tokens, N tokens of all sequences, D hidden, H query heads, G key/value heads, d head_dim, f
+d / 2.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from herd import kernels
+from herd.config import TextConfig
+from herd.kernels import native, rms_norm
+from herd.kernels.layers import Layer, Layers, Mlp, Shape, Span, Tokens, pack_mlp
+from herd.kernels.native import PackedWeight
+from herd.model.attention import causal_attention
+from herd.model.cache import Cache, KVRow, KVRows
+from herd.model.moe import DenseMLP, MoE
+from herd.model.rope import inverse_frequencies, rope_angles, temperature
+
+if TYPE_CHECKING:
+    from herd.model.transformer import Block, Transformer
+
+
+class Bits(NamedTuple):
+    """Of weights: 8 or 4 in groups of inputs, or 16, which are bfloat16."""
+
+    bits: int
+    group: int
+
+
+class Packed:
+    """Layers, last norm and head of a transformer."""
+
+    def __init__(self, cfg: TextConfig, packed: Sequence[Layer], norm_D: Tensor, head: PackedWeight) -> None:
+        self.cfg = cfg
+        heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
+        self._layers = Layers(Shape(cfg.hidden_size, *heads, cfg.head_dim, cfg.rms_norm_eps), packed)
+        self._norm_D, self._head = norm_D, head
+        self._inverse_frequencies = inverse_frequencies(cfg)
+
+    def states(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
+        """What the layers make of embeddings, float32 [B, T, D]; see `Transformer.states`."""
+        tokens, last = self._tokens(x_BTD, positions_BT), len(self._layers.layers)
+        at = 0
+        while at < last:
+            own = None if cache is None else cache.own(at)
+            end = at + 1
+            if own is None:
+                self._ask(at, tokens, positions_BT, cache)
+            else:
+                assert cache is not None
+                while end < last and cache.own(end) is own:
+                    end += 1
+                self._layers.run(at, end, tokens, self._spans(own, positions_BT, at, end))
+            at = end
+        return tokens.x_ND.view_as(x_BTD)
+
+    def key_value(self, x_BTD: Tensor, positions_BT: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [B, T, G, d], that a layer makes of chunks, each a row; in the type of embeddings."""
+        tokens = self._tokens(x_BTD, positions_BT)
+        for at in range(layer):
+            self._ask(at, tokens, positions_BT, None)
+        _, k_NGd, v_NGd = self._layers.project(layer, tokens)
+        k_BTGd, v_BTGd = (part.unflatten(0, positions_BT.shape).to(x_BTD.dtype) for part in (k_NGd, v_NGd))
+        return k_BTGd, v_BTGd
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Transformer.logits`."""
+        return kernels.linear(rms_norm(x, self._norm_D, self.cfg.rms_norm_eps), self._head)
+
+    def _tokens(self, x_BTD: Tensor, positions_BT: Tensor) -> Tokens:
+        cfg, positions_N = self.cfg, positions_BT.flatten().clamp(min=0)
+        angles_Nf = rope_angles(positions_N, self._inverse_frequencies, cfg.attention_chunk_size)
+        turns_Nf2 = torch.stack([angles_Nf.cos(), angles_Nf.sin()], -1)
+        factor_N = temperature(positions_N, cfg) if cfg.attn_temperature_tuning else None
+        x_ND = x_BTD.flatten(0, 1)
+        return Tokens(x_ND.float() if x_ND.dtype != torch.float32 else x_ND.clone(), turns_Nf2, factor_N)
+
+    def _ask(self, at: int, tokens: Tokens, positions_BT: Tensor, cache: Cache | None) -> None:
+        """One layer, whose attention is the cache's or, without one, that of whole sequences."""
+        parts = self._layers.project(at, tokens)
+        q, k, v = (part.unflatten(0, positions_BT.shape).to(torch.bfloat16) for part in parts)
+        if cache is None:
+            attended = causal_attention(q, k, v, self.cfg.attention_chunk_size if self.cfg.is_local(at) else None)
+        else:
+            attended = cache.attend(at, q, k, v, positions_BT)
+        self._layers.finish(at, tokens, attended.flatten(0, 1))
+
+    def _spans(self, own: KVRows, positions_BT: Tensor, first: int, last: int) -> list[Span]:
+        spans = own.spans(positions_BT)
+        return [
+            _span(row, at.start, at.stop - at.start, position, range(first, last))
+            for row, (at, position) in zip(own.rows, spans, strict=True)
+            if at.stop > at.start
+        ]
+
+
+def _span(row: KVRow, first: int, tokens: int, position: int, run: range) -> Span:
+    local, every = row.past(position)
+    chunk = row.cfg.attention_chunk_size
+    assert chunk is None or position % chunk + tokens <= chunk, "the tokens are of one attention chunk"
+    assert every + tokens <= row.tokens, f"{every + tokens} tokens in memory for {row.tokens}"
+    return Span(first, tokens, local, every, row.local_capacity, row.tokens, row.addresses(run))
+
+
+def pack(transformer: "Transformer", bits: Bits) -> None:
+    """Let the native library run a transformer, whose layers and head are given up for that, one after the other."""
+    blocks, packed = transformer.blocks, list[Layer]()
+    transformer.model.layers = []
+    while blocks:
+        packed.append(_pack(blocks.pop(0), bits))
+    head = native.pack(transformer.lm_head.weight.detach(), *bits)
+    transformer.packed = Packed(transformer.config, packed, transformer.model.norm.weight.detach().float(), head)
+    del transformer.lm_head
+
+
+def _pack(block: "Block", bits: Bits) -> Layer:
+    attn, moe = block.self_attn, block.feed_forward if isinstance(block.feed_forward, MoE) else None
+    qkv = torch.cat([part.weight.detach() for part in (attn.q_proj, attn.k_proj, attn.v_proj)])
+    return Layer(
+        attention_norm_D=block.input_layernorm.weight.detach().float(),
+        mlp_norm_D=block.post_attention_layernorm.weight.detach().float(),
+        qkv=native.pack(qkv, *bits),
+        out=native.pack(attn.o_proj.weight.detach(), *bits),
+        shared=_mlp(cast(DenseMLP, block.feed_forward) if moe is None else moe.shared_expert, bits),
+        experts=() if moe is None else tuple(_experts(moe, bits)),
+        router_ED=None if moe is None else moe.router.weight.detach().float().contiguous(),
+        top_k=0 if moe is None else moe.top_k,
+        local=attn.local,
+        qk_norm=attn.cfg.use_qk_norm,
+    )
+
+
+def _mlp(mlp: DenseMLP, bits: Bits) -> Mlp:
+    gate, up, down = (part.weight.detach() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    return pack_mlp(gate, up, down, *bits)
+
+
+def _experts(moe: MoE, bits: Bits) -> list[Mlp]:
+    weights = zip(moe.experts.gate_up_proj.detach(), moe.experts.down_proj.detach(), strict=True)
+    halves = ((gate_up_DF.T.chunk(2), down_FD.T) for gate_up_DF, down_FD in weights)
+    return [pack_mlp(gate, up, down, *bits) for (gate, up), down in halves]
