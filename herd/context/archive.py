@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import Spec
-from herd.context.sequence import broken, in_sequence
+from herd.context.sequence import broken
 from herd.context.sources import display
 from herd.context.store import Store, check_bounds, chunk_hash, previous_of, unpack_ids
 from herd.errors import ContextError
@@ -158,8 +158,8 @@ def _unpack(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
             manifest.put_source(writer.db, _text(source["name"]), None, "", mine)
         skipped = [SkippedRow(_text(name).encode(), _text(name), _text(reason)) for name, reason in index["skipped"]]
         manifest.replace_skipped(writer.db, [], skipped)
-        sequence = in_sequence(manifest.source_chunks(writer.db), manifest.chunks(writer.db, live=True))
-        if spec.sequential and (where := broken(sequence)):
+        pairs, live = manifest.source_chunks(writer.db), manifest.chunks(writer.db, live=True)
+        if spec.sequential and (where := broken(pairs, live)):
             raise _refused(archive, where)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import KV, Spec
-from herd.context.sequence import broken, in_sequence
+from herd.context.sequence import broken
 from herd.context.store import (
     SEGMENT_TOKENS,
     NewChunk,
@@ -60,7 +60,7 @@ def verify(folder: str | Path) -> Verified:
         for row in rows:
             _, bad = _sound(folder, row, [chunk for chunk in chunks if chunk.segment == row.id], spec)
             problems += bad
-        if spec.sequential and (where := broken(in_sequence(manifest.source_chunks(db), chunks))):
+        if spec.sequential and (where := broken(manifest.source_chunks(db), chunks)):
             problems.append(manifest.damaged(folder, where))
     return Verified(len(sources), len(chunks), sum(chunk.tokens for chunk in chunks), problems)
 

@@ -17,11 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from herd.context import archive, maintain, manifest, read, sources
 from herd.context.forward import ReadingCache
 from herd.context.segment import INDEPENDENT
-from herd.context.sequence import in_sequence
 from herd.context.store import Store
 from herd.errors import ContextError
 from tests.context.test_archive import rewrite
-from tests.context.test_crash import kill_at, lines_of
+from tests.context.test_crash import flipped_copies, kill_at, lines_of
 from tests.context.tiny_context import CHUNK, MadeSequence, put, read_paths, several, spec
 
 
@@ -55,12 +54,14 @@ def state(folder: Path) -> list[tuple[str, bytes, int, int]]:
     """The sequence: source, token ids, checksum of the K/V and first line of each chunk, after checking all of it."""
     assert maintain.verify(folder).problems == []
     with manifest.connect(folder) as db:
-        pairs, chunks = manifest.source_chunks(db), manifest.chunks(db, live=True)
-        names = {row.id: row.name for row in manifest.sources(db)}
+        pairs, names = manifest.source_chunks(db), {row.id: row.name for row in manifest.sources(db)}
     opened = Store.open(folder)
     index = {chunk.id: place for place, chunk in enumerate(opened.chunks)}
-    rows = zip(pairs, in_sequence(pairs, chunks), strict=True)
-    return [(names[s], bytes(opened.ids(index[c])), chunk.crc, chunk.first_line) for (s, c), chunk in rows]
+    found = []
+    for source, chunk in pairs:
+        row = opened.chunks[index[chunk]]
+        found.append((names[source], bytes(opened.ids(index[chunk])), row.crc, row.first_line))
+    return found
 
 
 def order(folder: Path) -> list[str]:
@@ -331,9 +332,10 @@ def test_kill_9_at_20_moments_of_a_read(tmp_path: Path, monkeypatch: pytest.Monk
         write(source / "g", "g", 4)
     total = lines_of(lambda: work(peace))
     after = state(peace)
+    # A read that goes on is shorter than one from the start.
     rng, kept, killed = random.Random(0), set[bytes](), 0
     for _ in range(20):
-        killed += kill_at(rng.randrange(1, total), lambda: work(ctx)) == -signal.SIGKILL
+        killed += kill_at(rng.randrange(1, total // 2), lambda: work(ctx)) == -signal.SIGKILL
         now = state(ctx)
         if edited and now != before:
             assert len({name for name, *_ in now}) >= 5 and now == after[: len(now)], "the old part came at once"
@@ -364,7 +366,7 @@ def test_a_name_that_passes_on_keeps_the_new_source(tmp_path: Path) -> None:
 def damage(opened: Store, place: int) -> None:
     """Flip a bit of the K/V of a chunk of the sequence."""
     with manifest.connect(opened.folder) as db:
-        chunk = list(in_sequence(manifest.source_chunks(db), manifest.chunks(db, live=True)))[place]
+        chunk = manifest.chunk(db, manifest.source_chunks(db)[place][1])
         path = opened.folder / manifest.segment(db, chunk.segment).file
     data = bytearray(path.read_bytes())
     data[128 + chunk.start * 8] ^= 1  # the first key, of 8 bytes per token
@@ -391,6 +393,33 @@ def test_what_came_after_damage_is_dropped_with_it(
     assert state(opened.folder) == before and opened.skipped == []
 
 
+def test_nothing_is_read_after_damage(folder: Path, opened: Store) -> None:
+    """It would be read from the damage, and look sound."""
+    read_rows(opened, folder)
+    damage(opened, 4)
+    write(folder / "e", "e")
+    with pytest.raises(ContextError, match=r"its checksum does not match; run `herd context compact"):
+        read_rows(opened, folder)
+    opened.refresh()
+    assert len(opened.chunks) == 12
+    maintain.compact(opened.folder)
+    assert read_rows(opened, folder) == 11 and len(state(opened.folder)) == 15
+
+
+def test_a_segment_cut_under_a_read_is_an_error(folder: Path, opened: Store) -> None:
+    read_rows(opened, folder)
+    (path,) = opened.folder.glob("*.kv")
+    write(folder / "e", "e")
+
+    class Cutting(MadeSequence):
+        def read(self, ids_BT: torch.Tensor, first: int, cache: ReadingCache) -> tuple[torch.Tensor, torch.Tensor]:
+            path.write_bytes(path.read_bytes()[:-1])
+            return super().read(ids_BT, first, cache)
+
+    with pytest.raises(ContextError, match="bytes instead of"):
+        read_paths(opened, folder, model=Cutting())
+
+
 def test_a_sequence_goes_on_after_it_is_narrowed(folder: Path, opened: Store) -> None:
     read_rows(opened, folder)
     maintain.compact(opened.folder, "int4")
@@ -407,6 +436,20 @@ def test_verify_finds_a_sequence_that_is_none(folder: Path, opened: Store) -> No
         db.execute("UPDATE source_chunk SET ordinal = 9 WHERE source = 2 AND ordinal = 0")
     (problem,) = maintain.verify(opened.folder).problems
     assert "number 4 of the sequence, was not read after the one before it" in problem and "\n" not in problem
+
+
+def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(folder: Path, opened: Store) -> None:
+    read_rows(opened, folder)
+    before, silent = state(opened.folder), 0
+    for copy in flipped_copies(opened.folder, manifest.FILE):
+        try:
+            if not maintain.verify(copy).problems:
+                silent += 1
+                assert state(copy) == before
+            Store.open(copy, several())
+        except ContextError as error:
+            assert "\n" not in str(error) and str(copy) in str(error)
+    assert silent < 190, "some of them hit something"
 
 
 def test_an_archive_keeps_the_sequence(folder: Path, opened: Store, tmp_path: Path) -> None:
