@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.context.scan import Run, by_head, by_token, runs, scan
+from herd.context.scan import Run, runs, scan
 from herd.context.segment import KV
 from herd.context.store import Store
 from herd.kernels import Attention, dequantize_kv, merge_partials
@@ -149,13 +149,13 @@ class ContextRows:
         own_BTHd, own_BTH = self._own.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
-        q_GRd = by_head(q_NHd, k_BTGd.shape[2]).cpu()
+        q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
         place = self._place[layer]
-        found = scan(q_GRd, self._runs, by_head(own_BTH[real_BT], len(q_GRd)).cpu(), place)
-        out_NHd, lse_NH = (by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
+        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu(), place)
+        out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd
-        self._record(place, q_GRd, by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
+        self._record(place, q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
         return own_BTHd.to(q_BTHd.dtype)
 
     def _record(self, layer: int, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
@@ -169,3 +169,13 @@ class ContextRows:
                 its = (found.out_GRd[:, mine], found.lse_GR[:, mine], found.lse_KGR[:, :, mine])
                 part = Attention(*its, found.left_out_GR[:, mine])
                 row.record(layer, q_GRd[:, mine], total_GR[:, mine], part, count, position)
+
+
+def _by_head(x_NH: Tensor, G: int) -> Tensor:
+    """[N, H, ...] → [G, R, ...] with R = N * (H / G): the rows that look at each key/value head."""
+    return x_NH.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _by_token(x_GR: Tensor, N: int) -> Tensor:
+    """[G, R, ...] → [N, H, ...]; the inverse of `_by_head`."""
+    return x_GR.unflatten(1, (N, -1)).transpose(0, 1).flatten(1, 2)

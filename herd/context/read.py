@@ -20,14 +20,14 @@ from herd.context import manifest, sources
 from herd.context.chunks import Encoder, cut
 from herd.context.forward import read_alone
 from herd.context.manifest import SkippedRow, SourceRow
-from herd.context.segment import KV, bytes_per_token
+from herd.context.segment import KV
 from herd.context.sequence import Past
 from herd.context.sources import Found, Skipped
 from herd.context.store import SEGMENT_TOKENS, NewChunk, NewSource, Store, Writer, chunk_hash, unpack_ids
 from herd.model import Transformer
 
 BATCH_TOKENS = 8192
-_COMMIT_BYTES = 128 << 20  # of K/V that wait in memory, where SEGMENT_TOKENS would be more
+_COMMIT_S = 60.0  # of reading in sequence, which takes longer the more there is
 _CUT_VERSION = 1  # of chunks.cut: raise it when the same text is cut otherwise, so that unchanged files are cut again
 
 
@@ -134,6 +134,7 @@ class _Session:
         self._bytes, self._bytes_total = 0.0, 0
         self._seen_tokens = 0
         self._compute_s = 0.0
+        self._committed = time.perf_counter()
         rows = manifest.sources(writer.db)
         self._rows = sorted(rows, key=lambda row: row.id)
         self._by_path = {row.path: row for row in rows if row.path is not None}
@@ -250,7 +251,7 @@ class _Session:
             return digest
         self._queue[digest] = new
         self._queued_tokens += len(ids)
-        if self._queued_tokens >= min(SEGMENT_TOKENS - spec.chunk, _COMMIT_BYTES // bytes_per_token(spec)):
+        if self._queued_tokens >= SEGMENT_TOKENS - spec.chunk:
             self._flush()
         return digest
 
@@ -267,15 +268,25 @@ class _Session:
                 self.read_tokens += tokens
                 self._queued_tokens -= tokens
                 self._report()
+                if self._past and time.perf_counter() - self._committed > _COMMIT_S:
+                    self._commit(done)
+                    done = []
         except KeyboardInterrupt:
-            self.writer.commit(done)  # its sources come with the next read, which finds these chunks
+            # Its sources come with the next read, which finds these chunks.
+            self.writer.commit([(chunk, kv) for chunk, kv in done if chunk.hash not in self.writer.known])
             raise
-        self._queue, self._queued_tokens = {}, 0
         if self._places_left:
-            self.writer.commit(done)
+            self._commit(done)
         else:
-            self.writer.commit(done, self._waiting, self._replaced)
+            self._commit(done, self._waiting, self._replaced)
             self._waiting, self._replaced = [], []
+        self._queue, self._queued_tokens = {}, 0
+
+    def _commit(
+        self, done: list[tuple[NewChunk, KV]], sources: Iterable[NewSource] = (), removed: Iterable[int] = ()
+    ) -> None:
+        self.writer.commit(done, sources, removed)
+        self._committed = time.perf_counter()
         if self._past:
             self._past.committed()
 

@@ -2,8 +2,7 @@
 
 Every query sees every live token: context chunks come before the question, and global layers have no positions.
 
-Shape suffixes: N query tokens, H query heads, G key/value heads of a layer, R query rows of one key/value head, d
-head_dim, K parts.
+Shape suffixes: G key/value heads of a layer, R query rows of one key/value head, d head_dim, K parts.
 """
 
 from dataclasses import dataclass
@@ -59,13 +58,3 @@ def scan(q_GRd: Tensor, runs: list[Run], elsewhere_GR: Tensor | None = None, lay
     attention, no value of the runs is read. layer: which of the global layers, from 0.
     """
     return attend_parts(q_GRd, [run.layers[layer] for run in runs], MISSED, elsewhere_GR)
-
-
-def by_head(x_NH: Tensor, G: int) -> Tensor:
-    """[N, H, ...] → [G, R, ...] with R = N * (H / G): the rows that look at each key/value head."""
-    return x_NH.unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def by_token(x_GR: Tensor, N: int) -> Tensor:
-    """[G, R, ...] → [N, H, ...]; the inverse of `by_head`."""
-    return x_GR.unflatten(1, (N, -1)).transpose(0, 1).flatten(1, 2)

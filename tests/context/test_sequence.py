@@ -275,11 +275,12 @@ class Interrupted(MadeSequence):
         return super().read(ids_BT, first, cache)
 
 
-@pytest.mark.parametrize("tokens", [60, 1 << 16])
+@pytest.mark.parametrize(("tokens", "seconds"), [(60, 60.0), (1 << 16, 60.0), (1 << 16, 0.0)])
 def test_an_interrupted_read_goes_on(
-    folder: Path, opened: Store, tmp_path: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, opened: Store, tmp_path: Path, tokens: int, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(read, "SEGMENT_TOKENS", tokens)
+    monkeypatch.setattr(read, "_COMMIT_S", seconds)
     with pytest.raises(KeyboardInterrupt):
         read_paths(opened, folder, model=Interrupted(8))
     opened.refresh()
