@@ -202,17 +202,18 @@ class _Session:
     def _keep(self, row: SourceRow, chunks: list[int]) -> None:
         """Go on with a source as it is: its chunks are stored, but were perhaps read after others than those before."""
         assert self._past is not None
-        self._kept_tokens -= self._tokens_of.get(row.id, 0)
         if not self._disturbed:
             for chunk in chunks:
                 stored = manifest.chunk(self.writer.db, chunk)
                 self._past.add_stored(stored)
                 self._previous = stored.hash
             self.reused_tokens += self._tokens_of.get(row.id, 0)
+            self._kept_tokens -= self._tokens_of.get(row.id, 0)
             return
         hashes = []
         for chunk in chunks:
             old = manifest.chunk(self.writer.db, chunk)
+            self._kept_tokens -= old.tokens
             hashes.append(self._take(unpack_ids(old.ids, old.tokens), old.first_line, old.last_line))
         self._waiting.append(NewSource(row.name, row.path, row.stat, hashes))
         self._report()
@@ -333,8 +334,8 @@ class _Session:
             return
         speed = self.read_tokens / self._compute_s if self._compute_s else 0.0
         density = self._seen_tokens / self._bytes if self._bytes else 0.0
-        left = self._queued_tokens + (self._bytes_total - self._bytes) * density
-        left += self._kept_tokens if self._disturbed else 0
+        # Once there is a speed, something was read, so all of the sequence that comes after it will be, too.
+        left = self._queued_tokens + (self._bytes_total - self._bytes) * density + self._kept_tokens
         eta = left / speed if speed else None
         self.progress(Progress(self._sources, self._sources_total, self.read_tokens, speed, eta))
 
