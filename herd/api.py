@@ -18,9 +18,10 @@ from herd.checkpoint.cria import cria_path
 from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
-from herd.context.limits import too_long
+from herd.context.limits import apart, too_long
 from herd.context.quoting import Quoting
 from herd.context.read import Progress, ReadReport, read
+from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
 from herd.errors import ContextError
@@ -157,15 +158,17 @@ class Context:
         self._store, self._model = store, model
 
     @classmethod
-    def open(cls, folder: str | Path, model: Model, *, kv: str | None = None) -> "Context":
+    def open(cls, folder: str | Path, model: Model, *, kv: str | None = None, reading: str | None = None) -> "Context":
         """Open a context folder; a missing or empty folder becomes an empty context.
 
         kv: the format in which keys and values are kept, int8, int4 or float32; None: as the context has it, int8 for
-        a new one. ContextError if it has another format, another model read it, it is damaged, or the model has not
-        exactly one global layer.
+        a new one. reading: of a model with several global layers, "sequential" (exact: each chunk after all before it)
+        or "independent" (each chunk on its own, which changes answers); None: as the context has it, sequential for a
+        new one. With one global layer both are the same, and exact. ContextError if it has another format or was read
+        otherwise, another model read it, it is damaged, or the model has no global layers or no chunks.
         """
-        spec = spec_for(model.config, model.fingerprint, kv or "int8")
-        return cls(Store.open(folder, spec, any_dtype=kv is None), model)
+        spec = spec_for(model.config, model.fingerprint, kv or "int8", reading or SEQUENTIAL)
+        return cls(Store.open(folder, spec, any_dtype=kv is None, any_reading=reading is None), model)
 
     @property
     def folder(self) -> Path:
@@ -195,6 +198,7 @@ class Context:
     def read(self, paths: Iterable[str | Path], *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
         """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
 
+        In a sequence, a chunk is unchanged if all before it are, too. New sources come after those that are there.
         SourceError for a path that does not exist; what was found but cannot be read is listed in the report.
         """
         return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress)
@@ -213,8 +217,8 @@ class Context:
         quote: hold the answer to a quote of what the model looks at, or to `... is not in the context.`; False: the
         model's own words, whether they stand anywhere or not.
         also: further contexts of the same model, which count as if they had been read into this one. ContextError if
-        one of them is empty, or if they have more chunks than the model has positions for (`too_long`). PromptError if
-        question and answer need more positions than are left.
+        one of them is empty or, of several, was read in sequence, or if they have more chunks than the model has
+        positions for (`too_long`). PromptError if question and answer need more positions than are left.
         """
         return self._ask([question], also, max_tokens, quote, on_text)[0]
 
@@ -236,7 +240,7 @@ class Context:
         if len({context.folder.resolve() for context in contexts}) < len(contexts):
             raise ContextError("the same context is named twice; name each once")
         stores = [context._store for context in contexts]
-        if (reason := too_long(stores, self._model.config.max_position_embeddings)) is not None:
+        if (reason := apart(stores) or too_long(stores, self._model.config.max_position_embeddings)) is not None:
             raise ContextError(reason)
         model, tokenizer = self._model, self._model.tokenizer
         cache = ContextCache(stores, model.config, model.transformer.memory_dtype)

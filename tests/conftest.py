@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.save(str(folder / "tokenizer.json"))
     settings = {"chat_template": TEMPLATE, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def several_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with two more layers, and so with two global ones."""
+    folder = tmp_path_factory.mktemp("model") / "several"
+    torch.manual_seed(0)
+    model = Transformer(replace(tiny_config(), num_hidden_layers=5))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    checkpoint.save(model, folder)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, folder)
     return folder
 
 

@@ -51,9 +51,12 @@ def test_contexts_of_two_models_are_not_asked_together(notes: Path, tiny_model: 
         first.ask("What is the code?", also=[second])
 
 
-def test_an_answer_is_a_quote_or_says_that_there_is_none(notes: Path, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tiny_model", "several_model"])
+def test_an_answer_is_a_quote_or_says_that_there_is_none(
+    notes: Path, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Whatever the weights."""
-    context = read_into(tmp_path / "ctx", herd.load(tiny_model), notes)
+    context = read_into(tmp_path / "ctx", herd.load(request.getfixturevalue(kind)), notes)
     for question in ("What is the code of the north gate?", "Which PIN has Ann Lee?", "☃"):
         [answer] = context.ask_many([question], max_tokens=80)
         assert answer.quoted
@@ -70,6 +73,30 @@ def test_a_context_named_twice_is_not_asked(notes: Path, tiny_model: Path, tmp_p
     for again in (first, herd.Context.open(tmp_path / "link", model)):
         with pytest.raises(ContextError, match="named twice"):
             first.ask("What is the code?", also=[again])
+
+
+def test_only_contexts_whose_chunks_were_read_on_their_own_are_asked_together(
+    notes: Path, several_model: Path, tmp_path: Path
+) -> None:
+    model = herd.load(several_model)
+    other = notes.with_name("other.txt")
+    other.write_text("The code of the south gate is 4712.\n")
+    first, second = read_into(tmp_path / "first", model, notes), read_into(tmp_path / "second", model, other)
+    with pytest.raises(ContextError, match=r"first was read in sequence .* asked alone; .* --reading independent"):
+        first.ask("Which code?", also=[second])
+    assert [c.source for c in first.ask("Which code?", max_tokens=2).citations] == ["gate.txt"]
+    alone = [herd.Context.open(tmp_path / name, model, reading="independent") for name in "ab"]
+    for context, file in zip(alone, (notes, other), strict=True):
+        context.read([file])
+    assert alone[0].ask("Which code?", also=[alone[1]], max_tokens=2).citations
+    with pytest.raises(ContextError, match="was read in sequence"):
+        alone[0].ask("Which code?", also=[second])
+
+
+def test_questions_asked_together_of_several_layers(notes: Path, several_model: Path, tmp_path: Path) -> None:
+    context = read_into(tmp_path / "ctx", herd.load(several_model), notes)
+    questions = ["What is the code of the north gate?", "Which gate?"]
+    assert context.ask_many(questions, max_tokens=6) == [context.ask(q, max_tokens=6) for q in questions]
 
 
 def test_a_context_cut_under_its_reader_is_an_error(notes: Path, tiny_model: Path, tmp_path: Path) -> None:

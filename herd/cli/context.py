@@ -38,6 +38,8 @@ def show(folder: Folder, as_json: JsonFlag = False) -> None:
         "chunks": len(store.chunks),
         "chunk_tokens": store.spec.chunk,
         "kv": store.spec.dtype,
+        "global_layers": store.spec.layers,
+        "reading": store.spec.reading,
         "kv_bytes_per_token": bytes_per_token(store.spec),
         "bytes": size,
         "model": store.spec.fingerprint,
@@ -49,7 +51,9 @@ def show(folder: Folder, as_json: JsonFlag = False) -> None:
         return
     for source in store.sources:
         print(f"{source.tokens:>12,}  {source.name}")
-    print(f"{store.tokens:>12,}  tokens of {len(store.sources):,} sources in {size:,} bytes, K/V as {store.spec.dtype}")
+    layers = f" of {store.spec.layers} global layers, {store.spec.reading}" if store.spec.layers > 1 else ""
+    sources = f"{len(store.sources):,} sources in {size:,} bytes"
+    print(f"{store.tokens:>12,}  tokens of {sources}, K/V as {store.spec.dtype}{layers}")
     print_skipped(store.skipped)
 
 

@@ -34,6 +34,15 @@ KvOption = Annotated[
         help="How keys and values are kept: int8, int4 or float32. Default: as they are, int8 in a new context.",
     ),
 ]
+ReadingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reading",
+        metavar="HOW",
+        help="With several global layers: sequential (exact) or independent (each chunk on its own, approximate). "
+        "Default: as the context was read, sequential for a new one.",
+    ),
+]
 
 
 class Interrupted(Exception):

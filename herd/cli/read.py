@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import herd
-from herd.cli.output import JsonFlag, KvOption, ModelOption, examples, interruptible, note, print_json
+from herd.cli.output import JsonFlag, KvOption, ModelOption, ReadingOption, examples, interruptible, note, print_json
 from herd.cli.progress import reading
 from herd.cli.report import context_json, print_report, tokens_per_s
 from herd.context.limits import MAX_BYTES
@@ -25,11 +25,12 @@ def command(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=f"Files, folders, or - for stdin. {LIMIT}")],
     context: Annotated[Path, typer.Option("--context", "-c", metavar="DIR", help="The context; made if missing.")],
     kv: KvOption = None,
+    how: ReadingOption = None,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
     """Read files and folders into a durable context. What did not change is not read again."""
-    opened = herd.Context.open(context, herd.load(model), kv=kv)
+    opened = herd.Context.open(context, herd.load(model), kv=kv, reading=how)
     with interruptible(KEPT), reading() as progress:
         report = opened.read(paths, progress=progress)
     if as_json:

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import Spec
+from herd.context.sequence import broken
 from herd.context.sources import display
-from herd.context.store import Store, check_bounds, chunk_hash, unpack_ids
+from herd.context.store import Store, check_bounds, chunk_hash, previous_of, unpack_ids
 from herd.errors import ContextError
 
 _FORMAT = 1
@@ -76,14 +77,15 @@ def _index(store: Store, checksums: list[str]) -> dict[str, Any]:
     place = {mapped.row.id: i for i, mapped in enumerate(store.segments)}
     with manifest.connect(store.folder) as db, manifest.snapshot(db):
         number = {row.id: i for i, row in enumerate(store.chunks)}
-        sources = {row.id: {"name": row.name, "chunks": list[int]()} for row in manifest.sources(db)}
+        rows = sorted(manifest.sources(db), key=lambda row: row.id if store.spec.sequential else 0)
+        sources = {row.id: {"name": row.name, "chunks": list[int]()} for row in rows}
         for source, chunk in manifest.source_chunks(db):
             if chunk not in number:
                 raise ContextError(f"{store.folder} changed during the export; repeat it")
             sources[source]["chunks"].append(number[chunk])  # type: ignore[attr-defined]
     return {
         "format": _FORMAT,
-        "spec": vars(store.spec),
+        "spec": store.spec.named(),
         "segments": [
             {"file": mapped.row.file, "tokens": mapped.row.tokens, "blake2b": checksum}
             for mapped, checksum in zip(store.segments, checksums, strict=True)
@@ -142,7 +144,8 @@ def _unpack(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
     if index["format"] != _FORMAT:
         raise _refused(archive, f"format {index['format']!r}, expected {_FORMAT}")
     raw = index["spec"]
-    spec = Spec(**{name: _typed(raw[name], kind) for name, kind in Spec.__annotations__.items()})
+    kinds = Spec.__annotations__
+    spec = Spec(**{name: _typed(value, kinds[name]) for name, value in raw.items()})
     store = Store.open(folder, spec)
     with store.writer() as writer, manifest.transaction(writer.db):
         rows = [_unpack_segment(tar, archive, folder, entry, spec) for entry in index["segments"]]
@@ -155,6 +158,9 @@ def _unpack(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
             manifest.put_source(writer.db, _text(source["name"]), None, "", mine)
         skipped = [SkippedRow(_text(name).encode(), _text(name), _text(reason)) for name, reason in index["skipped"]]
         manifest.replace_skipped(writer.db, [], skipped)
+        pairs, live = manifest.source_chunks(writer.db), manifest.chunks(writer.db, live=True)
+        if spec.sequential and (where := broken(pairs, live)):
+            raise _refused(archive, where)
 
 
 def _member(tar: tarfile.TarFile, archive: Path, name: str) -> bytes:
@@ -211,7 +217,8 @@ def _chunk(archive: Path, entry: Any, rows: list[SegmentRow], numbers: list[int]
         crc=_number(crc, 1 << 32),
         ids=base64.b64decode(packed, validate=True),
     )
-    if chunk_hash(spec.fingerprint, unpack_ids(row.ids, row.tokens)) != row.hash:
+    previous = previous_of(row.ids, row.tokens)
+    if chunk_hash(spec.fingerprint, unpack_ids(row.ids, row.tokens), previous) != row.hash:
         raise _refused(archive, "the token ids of a chunk do not match its hash")
     return row
 

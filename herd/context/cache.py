@@ -1,7 +1,7 @@
 """The memory of questions asked about contexts: the cache seam over their Stores and the questions' own tokens.
 
-Shape suffixes: B batch, T tokens, H query heads, G key/value heads, d head_dim, N query tokens, R query rows of one
-key/value head, K runs of chunks of the context, n tokens of a chunk.
+Shape suffixes: B batch, T tokens, H query heads, G key/value heads of a layer, d head_dim, N query tokens, R query rows
+of one key/value head, K runs of chunks of the context, n tokens of a chunk.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from herd.config import TextConfig
 from herd.context.scan import Run, runs, scan
+from herd.context.segment import KV
 from herd.context.store import Store
 from herd.kernels import Attention, dequantize_kv, merge_partials
 from herd.model.cache import KVRow, KVRows
@@ -21,8 +22,10 @@ from herd.model.cache import KVRow, KVRows
 
 @dataclass(frozen=True)
 class _Look:
-    """One token's look at the context: its scaled queries [G, R, d] and their log-denominators [G, R]."""
+    """One token's look at the context in one global layer, counted from 0: its scaled queries [G, R, d] and their
+    log-denominators [G, R]."""
 
+    layer: int
     q_GRd: Tensor
     lse_GR: Tensor
 
@@ -37,25 +40,27 @@ class ContextRow(KVRow):
     def __init__(self, cfg: TextConfig, tokens: int, dtype: torch.dtype, runs: list[Run], asks: int) -> None:
         """asks: position of the last token of the prompt."""
         super().__init__(cfg, tokens, dtype)
-        self._runs, self._asks = runs, asks
+        self._runs, self._asks, self._layers_that_look = runs, asks, len(cfg.global_layers)
         # Attention mass per run is kept; looks are few, so a closer one is computed when asked for.
         self._mass_K = self._last_K = torch.zeros(len(runs))
         self._missed = 0.0
         self._looks: list[_Look] = []
 
-    def record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, tokens: int, position: int) -> None:
-        """Note what `tokens` tokens saw, the first at `position`: q, log-denominators and results of a scan of them."""
+    def record(self, layer: int, q_GRd: Tensor, total_GR: Tensor, found: Attention, tokens: int, position: int) -> None:
+        """Note what `tokens` tokens saw in a global layer, the first at `position`: q, log-denominators and results of
+        a scan of them. Layers come in their order."""
         self._missed = max(self._missed, float(found.left_out_GR.max()))
         if position + tokens - 1 < self._asks:
             return
         last = slice(-q_GRd.shape[1] // tokens, None)
-        self._last_K = torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2))
-        self._mass_K = self._mass_K + self._last_K
-        self._looks.append(_Look(q_GRd[:, last].float(), total_GR[:, last]))
+        mass_K = torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2)) / self._layers_that_look
+        self._last_K = self._last_K + mass_K if layer else mass_K
+        self._mass_K = self._mass_K + mass_K
+        self._looks.append(_Look(layer, q_GRd[:, last].float(), total_GR[:, last]))
 
     @property
     def mass(self) -> float:
-        """Attention that all of the context received, summed over the looks, averaged over heads."""
+        """Attention that all of the context received, summed over the looks, averaged over layers and heads."""
         return float(self._mass_K.sum())
 
     @property
@@ -76,14 +81,20 @@ class ContextRow(KVRow):
         _check_files(self._runs)
         near = (self._last_K >= at_least).nonzero().flatten().tolist()
         places = [(self._runs[k].store, chunk) for k in near for chunk in self._runs[k].chunks]
-        masses = {
-            place: float(_mass_n(*place, self._looks[-1:]).sum()) / self.cfg.num_attention_heads for place in places
-        }
+        last = self._looks[-self._layers_that_look :]
+        masses = {place: float(self._mean_n(*place, last).sum()) for place in places}
         return sorted((place for place in places if masses[place] >= at_least), key=lambda place: -masses[place])
 
     def token_mass(self, store: Store, chunk: int) -> Tensor:
         """Attention that each token of a live chunk received, [n]."""
-        return _mass_n(store, chunk, self._looks) / self.cfg.num_attention_heads
+        return self._mean_n(store, chunk, self._looks)
+
+    def _mean_n(self, store: Store, chunk: int, looks: list[_Look]) -> Tensor:
+        """Attention of some looks to each token of a live chunk, averaged over layers and heads."""
+        kv, layers = store.kv(chunk), self._layers_that_look
+        its = [(layer, [look for look in looks if look.layer == layer]) for layer in range(layers)]
+        masses = [_mass_n(kv.layer(layer, layers), mine) for layer, mine in its if mine]
+        return torch.stack(masses).sum(0) / (layers * self.cfg.num_attention_heads)
 
 
 def _check_files(runs: list[Run]) -> None:
@@ -92,9 +103,8 @@ def _check_files(runs: list[Run]) -> None:
         store.check_files()
 
 
-def _mass_n(store: Store, chunk: int, looks: list[_Look]) -> Tensor:
-    """Attention of some looks to each token of a live chunk, summed over heads."""
-    kv = store.kv(chunk)
+def _mass_n(kv: KV, looks: list[_Look]) -> Tensor:
+    """Attention of some looks of a layer to each token of its K/V, summed over heads."""
     k_Gnd = dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32)
     q_GRd, lse_GR = torch.cat([look.q_GRd for look in looks], 1), torch.cat([look.lse_GR for look in looks], 1)
     return torch.exp(q_GRd @ k_Gnd.transpose(1, 2) - lse_GR.unsqueeze(-1)).sum((0, 1))
@@ -103,11 +113,12 @@ def _mass_n(store: Store, chunk: int, looks: list[_Look]) -> Tensor:
 class ContextCache:
     """Sequences that see contexts: global attention sees all of them and its own tokens, local its own chunk.
 
-    Several contexts count as one that holds all their chunks. They are shared by all sequences of a batch: one pass
-    over them serves all.
+    Several contexts count as one that holds all their chunks; none of them may have been read in sequence. They are
+    shared by all sequences of a batch: one pass over them serves all.
     """
 
     def __init__(self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32) -> None:
+        assert len(stores) == 1 or not any(store.spec.sequential for store in stores), "see `limits.apart`"
         self.cfg, self.dtype = cfg, dtype
         self.start_position = sum(store.end_position for store in stores)
         self._runs = [run for store in stores for run in runs(store)]
@@ -128,6 +139,7 @@ class ContextRows:
         self, cfg: TextConfig, runs: list[Run], rows: Sequence[ContextRow], counts: Sequence[int] | None
     ) -> None:
         self.cfg, self._runs, self._rows, self._own = cfg, runs, rows, KVRows(rows, counts)
+        self._place = {layer: place for place, layer in enumerate(cfg.global_layers)}
 
     def own(self, layer: int) -> KVRows | None:
         """See herd.model.cache.Cache."""
@@ -142,14 +154,15 @@ class ContextRows:
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
-        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
+        place = self._place[layer]
+        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu(), place)
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd
-        self._record(q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
+        self._record(place, q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
         return own_BTHd.to(q_BTHd.dtype)
 
-    def _record(self, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
+    def _record(self, layer: int, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
         spans = self._own.spans(positions_BT)
         counts = [span.stop - span.start for span, _ in spans]
         group, at = q_GRd.shape[1] // sum(counts), 0  # tokens are counted sequence after sequence
@@ -159,7 +172,7 @@ class ContextRows:
             if count:
                 its = (found.out_GRd[:, mine], found.lse_GR[:, mine], found.lse_KGR[:, :, mine])
                 part = Attention(*its, found.left_out_GR[:, mine])
-                row.record(q_GRd[:, mine], total_GR[:, mine], part, count, position)
+                row.record(layer, q_GRd[:, mine], total_GR[:, mine], part, count, position)
 
 
 def _by_head(x_NH: Tensor, G: int) -> Tensor:

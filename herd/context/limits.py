@@ -9,6 +9,17 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20  # of one source
 
 
+def apart(stores: Sequence["Store"]) -> str | None:
+    """Why contexts cannot be asked together, and what helps; None if they can."""
+    alone = next((store.folder for store in stores if store.spec.sequential), None)
+    if len(stores) == 1 or alone is None:
+        return None
+    return (
+        f"{alone} was read in sequence from its own beginning, so it can only be asked alone; "
+        "read the sources into one context, or into several with --reading independent"
+    )
+
+
 def too_long(stores: Sequence["Store"], positions: int) -> str | None:
     """Why a model with so many positions cannot be asked about contexts together, and what helps; None if it can.
 

@@ -1,11 +1,13 @@
 """Upkeep of a context folder: verify, compact, merge. None of them needs the model."""
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow
 from herd.context.segment import KV, Spec
+from herd.context.sequence import broken
 from herd.context.store import (
     SEGMENT_TOKENS,
     NewChunk,
@@ -15,6 +17,7 @@ from herd.context.store import (
     check_bounds,
     chunk_hash,
     lock,
+    previous_of,
     remove_unnamed,
     split,
     stored_spec,
@@ -24,6 +27,7 @@ from herd.errors import ContextError
 
 _SMALL_TOKENS = SEGMENT_TOKENS // 4
 _MENDED = "its K/V was damaged and dropped; read it again"
+_MENDED_AFTER = "it was read after one whose K/V was damaged; read it again"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def verify(folder: str | Path) -> Verified:
         for row in rows:
             _, bad = _sound(folder, row, [chunk for chunk in chunks if chunk.segment == row.id], spec)
             problems += bad
+        if spec.sequential and (where := broken(manifest.source_chunks(db), chunks)):
+            problems.append(manifest.damaged(folder, where))
     return Verified(len(sources), len(chunks), sum(chunk.tokens for chunk in chunks), problems)
 
 
@@ -63,7 +69,8 @@ def compact(folder: str | Path, kv: str | None = None) -> Compacted:
     """Drop damaged chunks and those no source uses, and join small segments. The context answers as before.
 
     kv: also change the format of all K/V to this one, which must not be wider than the one they have (ContextError).
-    A source that lost a chunk is dropped too and listed as skipped, so that it is read again and never half there.
+    A source that lost a chunk is dropped too and listed as skipped, so that it is read again and never half there. In a
+    sequence all chunks after a damaged one are dropped with it: they may have been read from the damage.
     """
     folder = Path(folder)
     with manifest.connect(folder) as db, lock(folder), manifest.plain_errors(folder):
@@ -72,28 +79,36 @@ def compact(folder: str | Path, kv: str | None = None) -> Compacted:
         remove_unnamed(folder, db)
         before = _size(folder)
         dropped, moving, old = 0, list[tuple[ChunkRow, KV]](), list[SegmentRow]()
-        damaged: list[ChunkRow] = []
-        used = {chunk for _, chunk in manifest.source_chunks(db)}
-        rows = manifest.segments(db)
         chunks = manifest.chunks(db, live=False)
-        for row in rows:
+        checked = []
+        for row in manifest.segments(db):
             own = [chunk for chunk in chunks if chunk.segment == row.id]
-            sound, problems = _sound(folder, row, own, spec)
+            checked.append((row, own, *_sound(folder, row, own, spec)))
+        damaged = {chunk.id for chunk in chunks} - {chunk.id for _, _, sound, _ in checked for chunk, _ in sound}
+        pairs = manifest.source_chunks(db)
+        used = {chunk for _, chunk in pairs} - damaged
+        if spec.sequential:
+            used = _up_to_damage([chunk for _, chunk in pairs], damaged)
+        for row, own, sound, problems in checked:
             kept = [(chunk, part) for chunk, part in sound if chunk.id in used]
             whole = len(kept) == len(own) and row.tokens > _SMALL_TOKENS and not problems
             if whole and writer.spec == spec:
                 continue
-            sound_ids = {chunk.id for chunk, _ in sound}
-            damaged += [chunk for chunk in own if chunk.id not in sound_ids]
             dropped += len(own) - len(kept)
             moving += kept
             old.append(row)
         # One small segment alone gains nothing from being written again.
-        lost = _replace(writer, old, moving, damaged) if len(old) > 1 or dropped or writer.spec != spec else []
+        needed = len(old) > 1 or dropped or writer.spec != spec
+        lost = _replace(writer, old, moving, damaged, used) if needed else []
         db.execute("VACUUM")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         remove_unnamed(folder, db)
     return Compacted(before, _size(folder), dropped, lost)
+
+
+def _up_to_damage(sequence: list[int], damaged: set[int]) -> set[int]:
+    """The chunks of a sequence before the first that is damaged."""
+    return set(takewhile(lambda chunk: chunk not in damaged, sequence))
 
 
 def _narrowed(folder: Path, spec: Spec, kv: str | None) -> Spec:
@@ -108,18 +123,21 @@ def _narrowed(folder: Path, spec: Spec, kv: str | None) -> Spec:
 
 
 def _replace(
-    writer: Writer, old: list[SegmentRow], moving: list[tuple[ChunkRow, KV]], bad: list[ChunkRow]
+    writer: Writer, old: list[SegmentRow], moving: list[tuple[ChunkRow, KV]], damaged: set[int], used: set[int]
 ) -> list[str]:
     """Write the moving chunks to new segments in the writer's format, point the rows at them and forget the old
-    segments, all at once."""
+    segments, all at once. Sources with a chunk that is not used any more go, and are returned."""
     db = writer.db
     written = []
     for part in split(moving):
         kvs = [segment.convert(kv, writer.spec) for _, kv in part]
         written.append(([(chunk, kv.crc()) for (chunk, _), kv in zip(part, kvs, strict=True)], writer.write(kvs)))
-    bad_ids = {chunk.id for chunk in bad}
-    hit = {source for source, chunk in manifest.source_chunks(db) if chunk in bad_ids}
-    lost = [source for source in manifest.sources(db) if source.id in hit]
+    pairs = manifest.source_chunks(db)
+    hit, after = (
+        {source for source, chunk in pairs if chunk in gone} for gone in (damaged, {c for _, c in pairs} - used)
+    )
+    lost = [source for source in manifest.sources(db) if source.id in hit | after]
+    why = {source.id: _MENDED if source.id in hit else _MENDED_AFTER for source in lost}
     with manifest.transaction(db):
         manifest.set_meta(db, writer.spec.to_meta())
         for placed, new in written:
@@ -128,7 +146,8 @@ def _replace(
                 manifest.move_chunk(db, chunk.id, row, start, crc)
                 start += chunk.tokens
         manifest.delete_sources(db, [source.id for source in lost])
-        manifest.replace_skipped(db, [], [SkippedRow(s.path or s.name.encode(), s.name, _MENDED) for s in lost])
+        skipped = [SkippedRow(s.path or s.name.encode(), s.name, why[s.id]) for s in lost]
+        manifest.replace_skipped(db, [], skipped)
         kept = {chunk.id for chunk, _ in moving}
         left = {row.id for row in old}
         gone = [chunk.id for chunk in manifest.chunks(db, live=False) if chunk.segment in left and chunk.id not in kept]
@@ -146,6 +165,11 @@ def merge(folder: str | Path, other: str | Path) -> int:
     target, source = Store.open(folder), Store.open(other)
     if target.folder.resolve() == source.folder.resolve():
         raise ContextError(f"{folder} cannot be merged into itself; name two folders")
+    if target.spec.sequential or source.spec.sequential:
+        raise ContextError(
+            f"{folder if target.spec.sequential else other} was read in sequence, each chunk after all before it, "
+            "so it cannot be merged; read the sources of both into one context"
+        )
     copied = 0
     with target.writer() as writer:
         _check_mergeable(target.folder, writer.spec, source)
@@ -231,7 +255,8 @@ def _sound(
 def _wrong(chunk: ChunkRow, kv: KV, spec: Spec) -> str:
     """What is wrong with a chunk; "" if nothing is."""
     try:
-        if chunk_hash(spec.fingerprint, unpack_ids(chunk.ids, chunk.tokens)) != chunk.hash:
+        ids, previous = unpack_ids(chunk.ids, chunk.tokens), previous_of(chunk.ids, chunk.tokens)
+        if chunk_hash(spec.fingerprint, ids, previous) != chunk.hash:
             return "its token ids do not match its hash"
     except ContextError as error:
         return str(error)

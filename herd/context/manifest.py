@@ -211,6 +211,11 @@ def segments(db: sqlite3.Connection) -> list[SegmentRow]:
     return _rows(SegmentRow, db.execute("SELECT id, file, tokens, bytes FROM segment ORDER BY id"))
 
 
+def segment(db: sqlite3.Connection, id: int) -> SegmentRow:
+    """One segment, which must be there."""
+    return _rows(SegmentRow, db.execute("SELECT id, file, tokens, bytes FROM segment WHERE id = ?", (id,)))[0]
+
+
 _CHUNK = "chunk.id, hash, segment, start, tokens, first_line, last_line, crc, ids"
 
 
@@ -218,6 +223,11 @@ def chunks(db: sqlite3.Connection, *, live: bool) -> list[ChunkRow]:
     """All chunks, or those that belong to a source, in the order in which they lie on disk."""
     where = "WHERE id IN (SELECT chunk FROM source_chunk)" if live else ""
     return _rows(ChunkRow, db.execute(f"SELECT {_CHUNK} FROM chunk {where} ORDER BY segment, start"))
+
+
+def chunk(db: sqlite3.Connection, id: int) -> ChunkRow:
+    """One chunk, which must be there."""
+    return _rows(ChunkRow, db.execute(f"SELECT {_CHUNK} FROM chunk WHERE id = ?", (id,)))[0]
 
 
 def sources(db: sqlite3.Connection) -> list[SourceRow]:

@@ -2,6 +2,10 @@
 
 A file whose stat is as it was is not opened; a chunk whose hash is known is not run through the model; the rest is run
 in batches of similar length and committed every SEGMENT_TOKENS tokens, so that an interruption costs little.
+
+A context that is read in sequence (`sequence.py`) is a list of sources: those that it has keep their places, new ones
+are appended. Where a source changes or goes, all after it are read again, from their token ids, and they take their
+places together: until then, the context is the sequence that it was.
 """
 
 import ctypes
@@ -12,17 +16,18 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-import torch
-
 from herd.context import manifest, sources
-from herd.context.chunks import Chunk, Encoder, cut
-from herd.context.manifest import SkippedRow
-from herd.context.segment import KV, pack
+from herd.context.chunks import Encoder, cut
+from herd.context.forward import read_alone
+from herd.context.manifest import SkippedRow, SourceRow
+from herd.context.segment import KV
+from herd.context.sequence import Past
 from herd.context.sources import Found, Skipped
-from herd.context.store import SEGMENT_TOKENS, NewChunk, NewSource, Store, Writer, chunk_hash
+from herd.context.store import SEGMENT_TOKENS, NewChunk, NewSource, Store, Writer, chunk_hash, unpack_ids
 from herd.model import Transformer
 
 BATCH_TOKENS = 8192
+_COMMIT_S = 60.0  # of reading in sequence, which takes longer the more there is
 _CUT_VERSION = 1  # of chunks.cut: raise it when the same text is cut otherwise, so that unchanged files are cut again
 
 
@@ -90,6 +95,19 @@ def _reuse_freed_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A place in a sequence: a source that it has, a file to be read under a name, or the one in place of the other.
+
+    gone: the source's file is no longer there.
+    """
+
+    row: SourceRow | None
+    found: Found | None = None
+    name: str | None = None
+    gone: bool = False
+
+
 class _Session:
     """One read: a queue of chunks to compute, and the sources that wait for them."""
 
@@ -106,11 +124,19 @@ class _Session:
         self._queue: dict[bytes, NewChunk] = {}
         self._queued_tokens = 0
         self._waiting: list[NewSource] = []
+        self._past = Past(writer) if writer.spec.sequential else None
+        self._previous = b""  # hash of the newest chunk of a sequence
+        self._disturbed = False  # whether a sequence is no longer what it was
+        self._places_left = 0  # sources of it that are not yet there again; until then, none takes its new place
+        self._kept_tokens = 0  # of them that are in no file to be read
+        self._replaced: list[int] = []  # rows of it that go then
         self._sources = self._sources_total = 0
         self._bytes, self._bytes_total = 0.0, 0
         self._seen_tokens = 0
         self._compute_s = 0.0
+        self._committed = time.perf_counter()
         rows = manifest.sources(writer.db)
+        self._rows = sorted(rows, key=lambda row: row.id)
         self._by_path = {row.path: row for row in rows if row.path is not None}
         self._names = {row.name: row for row in rows}
         self._skipped_before = {row.path: row for row in manifest.skipped(writer.db)}
@@ -124,54 +150,118 @@ class _Session:
                 continue
             row, before = self._by_path.get(entry.path), self._skipped_before.get(entry.path)
             if row is not None and row.stat == _stat(entry.stat) != "":
-                self.reused_tokens += self._tokens_of.get(row.id, 0)
+                self.reused_tokens += 0 if self._past else self._tokens_of.get(row.id, 0)
             elif before is not None and before.stat == _stat(entry.stat) != "":
                 self.skipped.append(Skipped(entry.path, before.name, before.reason, entry.stat))
             else:
                 changed.append(entry)
         self._sources_total, self._bytes_total = len(changed), sum(found.size for found in changed)
         try:
-            for found in changed:
-                self._read_source(found)
+            if self._past is None:
+                for found in changed:
+                    self._read_source(found)
+            else:
+                self._follow(self._plan(changed, self._gone(entries, roots)))
             self._flush()
         except KeyboardInterrupt:
             self._report()
             raise
         self._finish(entries, roots)
 
-    def _read_source(self, found: Found) -> None:
+    def _plan(self, changed: list[Found], gone: list[int]) -> list[_Step]:
+        """The sequence as it will be: sources where they stand, with what is read in their places, then new ones."""
+        before, in_place, new = dict(self._names), dict[int, _Step](), list[_Step]()
+        for found in changed:
+            name = self._name(found)
+            row = before.get(name)  # under its name, a file may have moved
+            if row is None:
+                new.append(_Step(None, found, name))
+            else:
+                in_place[row.id] = _Step(row, found, name, row.id in gone)
+        return [in_place.get(row.id, _Step(row, gone=row.id in gone)) for row in self._rows] + new
+
+    def _follow(self, plan: list[_Step]) -> None:
+        """Read a sequence from its first change on."""
+        chunks: dict[int, list[int]] = {}
+        for source, chunk in manifest.source_chunks(self.writer.db):
+            chunks.setdefault(source, []).append(chunk)
+        self._places_left = sum(step.row is not None for step in plan)
+        kept = [step.row.id for step in plan if step.row is not None and step.found is None and not step.gone]
+        self._kept_tokens = sum(self._tokens_of.get(row, 0) for row in kept)
+        for step in plan:
+            row, found = step.row, step.found
+            if found is not None and self._read_source(found, step.name):
+                self._disturbed = True
+            elif row is not None and (step.gone or (found is not None and found.path == row.path)):
+                self._replaced.append(row.id)
+                self._disturbed = True
+            elif row is not None:
+                self._keep(row, chunks.get(row.id, []))
+            self._places_left -= row is not None
+
+    def _keep(self, row: SourceRow, chunks: list[int]) -> None:
+        """Go on with a source as it is: its chunks are stored, but were perhaps read after others than those before."""
+        assert self._past is not None
+        if not self._disturbed:
+            for chunk in chunks:
+                stored = manifest.chunk(self.writer.db, chunk)
+                self._past.add_stored(stored)
+                self._previous = stored.hash
+            self.reused_tokens += self._tokens_of.get(row.id, 0)
+            self._kept_tokens -= self._tokens_of.get(row.id, 0)
+            return
+        hashes = []
+        for chunk in chunks:
+            old = manifest.chunk(self.writer.db, chunk)
+            self._kept_tokens -= old.tokens
+            hashes.append(self._take(unpack_ids(old.ids, old.tokens), old.first_line, old.last_line))
+        self._waiting.append(NewSource(row.name, row.path, row.stat, hashes))
+        self._report()
+
+    def _read_source(self, found: Found, name: str | None = None) -> bool:
+        """Read a file, under its name unless one is given. False if it was skipped."""
         loaded = sources.load(found)
         self._sources += 1
         before = self._bytes
         if isinstance(loaded, Skipped):
             self.skipped.append(loaded)
         else:
-            name, hashes, done = self._name(found), list[bytes](), 0
+            name, hashes, done = name or self._name(found), list[bytes](), 0
             for chunk in cut(name, loaded.text, self.tokenizer, self.writer.spec.chunk):
-                hashes.append(chunk_hash(self.writer.spec.fingerprint, chunk.ids))
                 done += len(chunk.text) - chunk.text.index("\n") - 1  # without its header
                 self._bytes = before + found.size * done / len(loaded.text)
-                self._take(chunk, hashes[-1])
+                self._seen_tokens += len(chunk.ids)
+                hashes.append(self._take(chunk.ids, chunk.first_line, chunk.last_line))
             self._waiting.append(NewSource(name, found.path, _stat(loaded.stat), hashes))
         self._bytes = before + found.size
         self._report()
+        return not isinstance(loaded, Skipped)
 
-    def _take(self, chunk: Chunk, digest: bytes) -> None:
-        """Count a chunk, and queue it if it is new."""
-        self._seen_tokens += len(chunk.ids)
+    def _take(self, ids: list[int], first_line: int, last_line: int) -> bytes:
+        """Count a chunk, and queue it if it is new; its hash."""
+        spec = self.writer.spec
+        digest = chunk_hash(spec.fingerprint, ids, self._previous)
+        new = NewChunk(digest, ids, first_line, last_line, self._previous)
+        self._previous = digest if self._past else b""
         if digest in self.writer.known or digest in self._queue:
-            self.reused_tokens += len(chunk.ids)
-            return
-        self._queue[digest] = NewChunk(digest, chunk.ids, chunk.first_line, chunk.last_line)
-        self._queued_tokens += len(chunk.ids)
-        if self._queued_tokens >= SEGMENT_TOKENS - self.writer.spec.chunk:
+            self.reused_tokens += len(ids)
+            if self._past:
+                if self._queue:  # what comes before it
+                    self._flush()
+                self._past.add_stored(manifest.chunk(self.writer.db, self.writer.known[digest]))
+            return digest
+        self._queue[digest] = new
+        self._queued_tokens += len(ids)
+        if self._queued_tokens >= SEGMENT_TOKENS - spec.chunk:
             self._flush()
+        return digest
 
     def _flush(self) -> None:
         """Compute what is queued and commit it, with the sources that are complete by that."""
         done: list[tuple[NewChunk, KV]] = []
+        chunks = list(self._queue.values())
         try:
-            for batch in batches(list(self._queue.values()), BATCH_TOKENS):
+            for batch in [[chunk] for chunk in chunks] if self._past else batches(chunks, BATCH_TOKENS):
                 began = time.perf_counter()
                 done += zip(batch, self._compute(batch), strict=True)
                 self._compute_s += time.perf_counter() - began
@@ -179,34 +269,47 @@ class _Session:
                 self.read_tokens += tokens
                 self._queued_tokens -= tokens
                 self._report()
+                if self._past and time.perf_counter() - self._committed > _COMMIT_S:
+                    self._commit(done)
+                    done = []
         except KeyboardInterrupt:
-            self.writer.commit(done)  # its sources come with the next read, which finds these chunks
+            # Its sources come with the next read, which finds these chunks.
+            self.writer.commit([(chunk, kv) for chunk, kv in done if chunk.hash not in self.writer.known])
             raise
-        self.writer.commit(done, self._waiting)
-        self._queue, self._queued_tokens, self._waiting = {}, 0, []
+        if self._places_left:
+            self._commit(done)
+        else:
+            self._commit(done, self._waiting, self._replaced)
+            self._waiting, self._replaced = [], []
+        self._queue, self._queued_tokens = {}, 0
 
-    @torch.inference_mode()
+    def _commit(
+        self, done: list[tuple[NewChunk, KV]], sources: Iterable[NewSource] = (), removed: Iterable[int] = ()
+    ) -> None:
+        self.writer.commit(done, sources, removed)
+        self._committed = time.perf_counter()
+        if self._past:
+            self._past.committed()
+
     def _compute(self, batch: list[NewChunk]) -> list[KV]:
-        ids_BT = torch.zeros(len(batch), max(len(chunk.ids) for chunk in batch), dtype=torch.long)
-        for row, chunk in enumerate(batch):
-            ids_BT[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
-        device = next(self.transformer.parameters()).device
-        k_BTGd, v_BTGd = self.transformer.read(ids_BT.to(device))
-        spec = self.writer.spec
+        if self._past:
+            return [self._past.read(self.transformer, chunk) for chunk in batch]
+        return read_alone(self.transformer, [chunk.ids for chunk in batch], self.writer.spec)
+
+    def _gone(self, entries: list[Found | Skipped], roots: list[bytes]) -> list[int]:
+        """Sources that are no longer there or can no longer be read, unless another file has taken their name."""
+        skipped = {entry.path for entry in self.skipped}
+        alive = {entry.path for entry in entries} - skipped
         return [
-            pack(k_BTGd[row, : len(chunk.ids)].cpu(), v_BTGd[row, : len(chunk.ids)].cpu(), spec)
-            for row, chunk in enumerate(batch)
+            row.id
+            for path, row in self._by_path.items()
+            if path not in alive and (path in skipped or any(_inside(path, root) for root in roots))
+            if self._names[row.name] is row
         ]
 
     def _finish(self, entries: list[Found | Skipped], roots: list[bytes]) -> None:
         """Remove what is gone or can no longer be read, and remember what was skipped."""
-        skipped = {entry.path for entry in self.skipped}
-        alive = {entry.path for entry in entries} - skipped
-        gone = [
-            row.id
-            for path, row in self._by_path.items()
-            if path not in alive and (path in skipped or any(_inside(path, root) for root in roots))
-        ]
+        gone = [] if self._past else self._gone(entries, roots)
         forget = [path for path in self._skipped_before if any(path == r or _inside(path, r) for r in roots)]
         rows = [SkippedRow(s.path, s.name, s.reason, _stat(s.stat)) for s in self.skipped]
         self.writer.commit(removed=gone, skipped=rows, forget=forget)
@@ -231,7 +334,8 @@ class _Session:
             return
         speed = self.read_tokens / self._compute_s if self._compute_s else 0.0
         density = self._seen_tokens / self._bytes if self._bytes else 0.0
-        left = self._queued_tokens + (self._bytes_total - self._bytes) * density
+        # Once there is a speed, something was read, so all of the sequence that comes after it will be, too.
+        left = self._queued_tokens + (self._bytes_total - self._bytes) * density + self._kept_tokens
         eta = left / speed if speed else None
         self.progress(Progress(self._sources, self._sources_total, self.read_tokens, speed, eta))
 

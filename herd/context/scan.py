@@ -1,8 +1,8 @@
 """Exact attention of many queries over all of a context: one pass, part by part, softmax in float32.
 
-Every query sees every live token: context chunks come before the question, and the global layer has no positions.
+Every query sees every live token: context chunks come before the question, and global layers have no positions.
 
-Shape suffixes: G key/value heads, R query rows of one key/value head, d head_dim, K parts.
+Shape suffixes: G key/value heads of a layer, R query rows of one key/value head, d head_dim, K parts.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ MISSED = 1e-3  # most of a query's attention whose values may be left out; what 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring live chunks of one segment, as indices into the store's chunks, and their K/V as they are kept."""
+    """Neighbouring live chunks of one segment, as indices into the store's chunks, and their K/V as they are kept, for
+    each global layer."""
 
     store: Store
-    kv: KV
+    layers: tuple[KV, ...]
     chunks: list[int]
 
 
@@ -46,13 +47,14 @@ def runs(store: Store) -> list[Run]:
 
 def _run(store: Store, kv: KV, run: list[int]) -> Run:
     first, last = store.chunks[run[0]], store.chunks[run[-1]]
-    return Run(store, kv.part(first.start, last.start + last.tokens), run)
+    part, layers = kv.part(first.start, last.start + last.tokens), store.spec.layers
+    return Run(store, tuple(part.layer(index, layers) for index in range(layers)), run)
 
 
-def scan(q_GRd: Tensor, runs: list[Run], elsewhere_GR: Tensor | None = None) -> Attention:
+def scan(q_GRd: Tensor, runs: list[Run], elsewhere_GR: Tensor | None = None, layer: int = 0) -> Attention:
     """Attend from q, already scaled by 1/sqrt(d), to every token of the runs.
 
     elsewhere_GR: log of the sum of exp(logit) over tokens that are not in the runs. Where these have all of the
-    attention, no value of the runs is read.
+    attention, no value of the runs is read. layer: which of the global layers, from 0.
     """
-    return attend_parts(q_GRd, [run.kv for run in runs], MISSED, elsewhere_GR)
+    return attend_parts(q_GRd, [run.layers[layer] for run in runs], MISSED, elsewhere_GR)

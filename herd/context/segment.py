@@ -2,9 +2,9 @@
 
 Layout: a header of 128 bytes, then four arrays, each aligned to 64 bytes: K [G, N, d], V [G, N, d] (int4: two numbers
 in a byte), and for int8 and int4 the scales of K and of V [G, N] float16. Per head contiguous, so that a scan streams
-through memory.
+through memory. With several global layers, the heads of one stand after those of the other.
 
-Shape suffixes: G key/value heads, N tokens of the segment, d head_dim.
+Shape suffixes: G key/value heads of all global layers, N tokens of the segment, d head_dim.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ _HEADER_BYTES = 128
 _ALIGN = 64
 _DTYPES = {"float32": 2, "int8": 1, "int4": 3}  # from wide to narrow
 _MAX_TOKENS = 1 << 32
+SEQUENTIAL, INDEPENDENT = "sequential", "independent"
 
 
 @dataclass(frozen=True)
@@ -37,36 +38,81 @@ class Spec:
     """What all K/V of one context have in common. `fingerprint` names the model that read it."""
 
     fingerprint: str
-    kv_heads: int
+    kv_heads: int  # of one layer
     head_dim: int
     chunk: int  # tokens
     dtype: str = "int8"  # or int4, or float32, which keeps K/V as the model computed them
+    layers: int = 1  # global layers
+    reading: str = INDEPENDENT  # each chunk on its own; or SEQUENTIAL: after all chunks before it
 
     def __post_init__(self) -> None:
-        if min(self.kv_heads, self.head_dim, self.chunk) < 1:
+        if min(self.kv_heads, self.head_dim, self.chunk, self.layers) < 1:
             raise ContextError(
-                f"K/V of {self.kv_heads} heads of {self.head_dim} in chunks of {self.chunk} tokens are impossible"
+                f"K/V of {self.layers} layers of {self.kv_heads} heads of {self.head_dim} in chunks of {self.chunk} "
+                "tokens are impossible"
             )
+        if self.reading not in (SEQUENTIAL, INDEPENDENT):
+            raise ContextError(f"chunks can be read {SEQUENTIAL} or {INDEPENDENT}, not {self.reading!r}")
+        if self.sequential and self.layers == 1:
+            raise ContextError(f"with one global layer chunks are read {INDEPENDENT}")
         if self.dtype not in _DTYPES:
             raise ContextError(f"K/V can be kept as int8, int4 or float32, not {self.dtype!r}")
         if self.dtype == "int4" and self.head_dim % 2:
             raise ContextError(f"int4 keeps two numbers in a byte and heads have {self.head_dim}; use int8")
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of all layers."""
+        return self.layers * self.kv_heads
+
+    @property
+    def sequential(self) -> bool:
+        """Whether K/V of a chunk depend on the chunks before it."""
+        return self.reading == SEQUENTIAL
 
     def narrows_to(self, dtype: str) -> bool:
         """Whether `dtype` has fewer bits than this has, so that K/V can be converted to it."""
         order = list(_DTYPES)
         return order.index(dtype) > order.index(self.dtype)
 
+    def named(self) -> dict[str, int | str]:
+        """The fields, without those that go without saying where there is one layer."""
+        unsaid = ("layers", "reading") if self.layers == 1 else ()
+        return {name: value for name, value in vars(self).items() if name not in unsaid}
+
     def to_meta(self) -> dict[str, str]:
-        return {name: str(value) for name, value in vars(self).items()}
+        return {name: str(value) for name, value in self.named().items()}
 
     @classmethod
     def from_meta(cls, meta: dict[str, str]) -> "Spec":
         try:
             kv_heads, head_dim, chunk = (int(meta[name]) for name in ("kv_heads", "head_dim", "chunk"))
-            return cls(meta["fingerprint"], kv_heads, head_dim, chunk, meta["dtype"])
+            layers, reading = int(meta.get("layers", 1)), meta.get("reading", INDEPENDENT)
+            return cls(meta["fingerprint"], kv_heads, head_dim, chunk, meta["dtype"], layers, reading)
         except (KeyError, ValueError) as error:
             raise ContextError(f"the manifest does not describe a context ({error})") from error
+
+
+def mismatch(folder: Path, found: Spec, wanted: Spec) -> str:
+    """Why a context is not the one that was wanted, and the fix."""
+    if found.fingerprint != wanted.fingerprint:
+        return (
+            f"{folder} was read by another model ({found.fingerprint[:12]}, this one is {wanted.fingerprint[:12]}); "
+            f"use that model or read the sources into another folder"
+        )
+    if replace(found, dtype=wanted.dtype) == wanted:
+        fix = "read the sources into another folder"
+        if found.narrows_to(wanted.dtype):
+            fix = f"run `herd context compact {folder} --kv {wanted.dtype}`"
+        return f"{folder} keeps K/V as {found.dtype}, not {wanted.dtype}; leave the format out, or {fix}"
+    if replace(found, reading=wanted.reading) == wanted:
+        return (
+            f"{folder} was read with --reading {found.reading}, not {wanted.reading}; leave it out, "
+            "or read the sources into another folder"
+        )
+    names = [name for name, value in vars(found).items() if value != getattr(wanted, name)]
+    parts = [f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in names]
+    return f"{folder} was made with {', '.join(parts)}; read the sources into another folder"
 
 
 @dataclass(frozen=True)
@@ -87,6 +133,14 @@ class KV:
     def part(self, start: int, stop: int) -> "KV":
         scales = (None if s is None else s[:, start:stop] for s in (self.k_scale_GN, self.v_scale_GN))
         return KV(self.k_GNd[:, start:stop], self.v_GNd[:, start:stop], *scales)
+
+    def layer(self, index: int, layers: int) -> "KV":
+        """Those of one of so many layers."""
+        if layers == 1:
+            return self
+        heads = slice(index * len(self.k_GNd) // layers, (index + 1) * len(self.k_GNd) // layers)
+        scales = (None if s is None else s[heads] for s in (self.k_scale_GN, self.v_scale_GN))
+        return KV(self.k_GNd[heads], self.v_GNd[heads], *scales)
 
     def crc(self) -> int:
         """Checksum over the bytes of all arrays, in order."""
@@ -194,13 +248,13 @@ def bytes_per_token(spec: Spec) -> int:
 
 def _header(spec: Spec, tokens: int) -> bytes:
     digest = hashlib.blake2b(spec.fingerprint.encode(), digest_size=32).digest()
-    head = _HEADER.pack(_MAGIC, _DTYPES[spec.dtype], spec.kv_heads, spec.head_dim, 0, tokens, digest)
+    head = _HEADER.pack(_MAGIC, _DTYPES[spec.dtype], spec.heads, spec.head_dim, 0, tokens, digest)
     return head.ljust(_HEADER_BYTES, b"\0")
 
 
 def _arrays(spec: Spec, tokens: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each array of a segment."""
-    G, d = spec.kv_heads, spec.head_dim
+    G, d = spec.heads, spec.head_dim
     if spec.dtype == "float32":
         return [(torch.float32, (G, tokens, d))] * 2
     codes = (torch.uint8, (G, tokens, d // 2)) if spec.dtype == "int4" else (torch.int8, (G, tokens, d))

@@ -22,21 +22,28 @@ import numpy as np
 from herd.config import TextConfig
 from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow, SourceRow
-from herd.context.segment import KV, Spec
+from herd.context.segment import INDEPENDENT, KV, SEQUENTIAL, Spec
 from herd.errors import ContextError
 
 SEGMENT_TOKENS = 1 << 16
 _LOCK = "lock"
+_HASH_BYTES = 32
 
 
-def spec_for(cfg: TextConfig, fingerprint: str, dtype: str = "int8") -> Spec:
-    """How K/V of this model are kept. ContextError for models whose chunks cannot be read on their own."""
-    if len(cfg.global_layers) != 1 or cfg.attention_chunk_size is None:
+def spec_for(cfg: TextConfig, fingerprint: str, dtype: str = "int8", reading: str = SEQUENTIAL) -> Spec:
+    """How K/V of this model are kept. ContextError for models that cannot be read chunk by chunk.
+
+    With one global layer, whichever `reading` is asked for, chunks are read on their own: that is the same there.
+    """
+    layers = len(cfg.global_layers)
+    if not layers or cfg.attention_chunk_size is None:
         raise ContextError(
-            f"a context needs a model with one global layer and chunked local layers; this one has "
-            f"{len(cfg.global_layers)} global layers and attention_chunk_size {cfg.attention_chunk_size}"
+            f"a context needs a model with global layers and chunked local layers; this one has "
+            f"{layers} global layers and attention_chunk_size {cfg.attention_chunk_size}"
         )
-    return Spec(fingerprint, cfg.num_key_value_heads, cfg.head_dim, cfg.attention_chunk_size, dtype)
+    if layers == 1 and reading == SEQUENTIAL:
+        reading = INDEPENDENT
+    return Spec(fingerprint, cfg.num_key_value_heads, cfg.head_dim, cfg.attention_chunk_size, dtype, layers, reading)
 
 
 AnyChunk = TypeVar("AnyChunk")
@@ -44,12 +51,14 @@ AnyChunk = TypeVar("AnyChunk")
 
 @dataclass(frozen=True)
 class NewChunk:
-    """A chunk to be stored: its hash, token ids and the lines of the source it holds."""
+    """A chunk to be stored: its hash, token ids, the lines of the source it holds and, in a sequence, the hash of the
+    chunk before it."""
 
     hash: bytes
     ids: list[int]
     first_line: int
     last_line: int
+    previous: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -81,27 +90,40 @@ class Mapped:
     live: list[int]
 
 
-def chunk_hash(fingerprint: str, ids: Sequence[int]) -> bytes:
-    """Identity of a chunk's K/V: the model and the token ids decide it."""
-    digest = hashlib.blake2b(fingerprint.encode() + b"\0", digest_size=32)
+def chunk_hash(fingerprint: str, ids: Sequence[int], previous: bytes = b"") -> bytes:
+    """Identity of a chunk's K/V: the model, the token ids and, in a sequence, the chunk before it decide it."""
+    digest = hashlib.blake2b(fingerprint.encode() + b"\0", digest_size=_HASH_BYTES, key=previous)
     digest.update(np.asarray(ids, dtype="<u4").tobytes())
     return digest.digest()
 
 
-def pack_ids(ids: Sequence[int]) -> bytes:
-    return zlib.compress(np.asarray(ids, dtype="<u4" if max(ids) > 0xFFFF else "<u2").tobytes(), 6)
+def pack_ids(ids: Sequence[int], previous: bytes = b"") -> bytes:
+    """Token ids, compressed, and behind them the hash of the chunk before, if there is one."""
+    return zlib.compress(np.asarray(ids, dtype="<u4" if max(ids) > 0xFFFF else "<u2").tobytes(), 6) + previous
 
 
 def unpack_ids(packed: bytes, tokens: int) -> list[int]:
     """Token ids of a chunk of known length; ContextError if the bytes do not hold them."""
+    raw, _ = _inflate(packed, tokens)
+    if len(raw) not in (2 * tokens, 4 * tokens):
+        raise ContextError(f"a chunk of {tokens} tokens holds {len(raw)} bytes of token ids")
+    return [int(i) for i in np.frombuffer(raw, dtype="<u4" if len(raw) == 4 * tokens else "<u2")]
+
+
+def previous_of(packed: bytes, tokens: int) -> bytes:
+    """The hash of the chunk before, from what `pack_ids` made; b"" for the first of a sequence and outside of one."""
+    return _inflate(packed, tokens)[1]
+
+
+def _inflate(packed: bytes, tokens: int) -> tuple[bytes, bytes]:
     try:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(packed, 4 * tokens + 1)
     except zlib.error as error:
         raise ContextError(f"the token ids of a chunk are damaged ({error})") from error
-    if len(raw) not in (2 * tokens, 4 * tokens):
-        raise ContextError(f"a chunk of {tokens} tokens holds {len(raw)} bytes of token ids")
-    return [int(i) for i in np.frombuffer(raw, dtype="<u4" if len(raw) == 4 * tokens else "<u2")]
+    if len(inflate.unused_data) not in (0, _HASH_BYTES):
+        raise ContextError(f"{len(inflate.unused_data)} bytes stand behind the token ids of a chunk")
+    return raw, inflate.unused_data
 
 
 class Store:
@@ -119,11 +141,13 @@ class Store:
         self.refresh()
 
     @classmethod
-    def open(cls, folder: str | Path, spec: Spec | None = None, *, any_dtype: bool = False) -> "Store":
+    def open(
+        cls, folder: str | Path, spec: Spec | None = None, *, any_dtype: bool = False, any_reading: bool = False
+    ) -> "Store":
         """Open a context; with a spec it is created if the folder is new or empty.
 
         ContextError if it was made by another model, keeps K/V in another format than the spec's (any_dtype: it may),
-        is damaged, or (without a spec) does not exist.
+        was read otherwise (any_reading: it may), is damaged, or (without a spec) does not exist.
         """
         folder = Path(folder)
         if spec is None:
@@ -131,8 +155,12 @@ class Store:
         if not (folder / manifest.FILE).is_file() or not _has_meta(folder):
             _create(folder, spec)
         opened = cls(folder)
-        if opened.spec != (replace(spec, dtype=opened.spec.dtype) if any_dtype else spec):
-            raise ContextError(_mismatch(folder, opened.spec, spec))
+        found = opened.spec
+        wanted = replace(spec, dtype=found.dtype) if any_dtype else spec
+        if any_reading and wanted.layers == found.layers:
+            wanted = replace(wanted, reading=found.reading)
+        if found != wanted:
+            raise ContextError(segment.mismatch(folder, found, wanted))
         return opened
 
     @property
@@ -265,7 +293,7 @@ class Writer:
         added, start = {}, 0
         for new, kv in part:
             lines = (new.first_line, new.last_line)
-            packed = pack_ids(new.ids)
+            packed = pack_ids(new.ids, new.previous)
             chunk = ChunkRow(0, new.hash, row, start, len(kv), *lines, kv.crc(), packed)
             added[new.hash] = manifest.insert_chunk(self.db, chunk)
             start += len(kv)
@@ -353,19 +381,3 @@ def _create(folder: Path, spec: Spec) -> None:
         # Another process may have been faster.
         if not manifest.read_meta(db):
             manifest.create_schema(db, spec.to_meta())
-
-
-def _mismatch(folder: Path, found: Spec, wanted: Spec) -> str:
-    if found.fingerprint != wanted.fingerprint:
-        return (
-            f"{folder} was read by another model ({found.fingerprint[:12]}, this one is {wanted.fingerprint[:12]}); "
-            f"use that model or read the sources into another folder"
-        )
-    if replace(found, dtype=wanted.dtype) == wanted:
-        fix = "read the sources into another folder"
-        if found.narrows_to(wanted.dtype):
-            fix = f"run `herd context compact {folder} --kv {wanted.dtype}`"
-        return f"{folder} keeps K/V as {found.dtype}, not {wanted.dtype}; leave the format out, or {fix}"
-    names = [name for name, value in vars(found).items() if value != getattr(wanted, name)]
-    parts = [f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in names]
-    return f"{folder} was made with {', '.join(parts)}; read the sources into another folder"

@@ -58,11 +58,11 @@ class Packed:
             at = end
         return tokens.x_ND.view_as(x_BTD)
 
-    def key_value(self, x_BTD: Tensor, positions_BT: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [B, T, G, d], that a layer makes of chunks, each a row; in the type of embeddings."""
+    def key_value(self, x_BTD: Tensor, positions_BT: Tensor, layer: int, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [B, T, G, d], that a layer makes of chunks; see `Transformer.read`."""
         tokens = self._tokens(x_BTD, positions_BT)
         for at in range(layer):
-            self._ask(at, tokens, positions_BT, None)
+            self._ask(at, tokens, positions_BT, cache)
         _, k_NGd, v_NGd = self._layers.project(layer, tokens)
         k_BTGd, v_BTGd = (part.unflatten(0, positions_BT.shape).to(x_BTD.dtype) for part in (k_NGd, v_NGd))
         return k_BTGd, v_BTGd

@@ -95,23 +95,25 @@ class Transformer(nn.Module):
             return self.packed.logits(x)
         return self.lm_head(self.model.norm(x)).float()
 
-    def read(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, T, G, d] that the one global layer remembers of chunks, each its own row.
+    def read(self, ids_BT: Tensor, first: int = 0, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, G, d] that the last global layer remembers of chunks, each its own row.
 
-        Every row starts on a chunk boundary, so its keys and values depend on nothing else, and the layers above
-        the global one are never run (long-context reading is linear). Padding may stand right of a row; its
-        results are to be dropped. Raises ConfigError for models that do not have exactly one global layer.
+        Every row starts on a chunk boundary, at position `first`, so local layers see nothing else, and the layers
+        above the last global one are never run. With one global layer, keys and values depend on the row alone
+        (long-context reading is linear); with several, the cache attends for those below, and gets theirs. Padding
+        may stand right of a row; its results are to be dropped. Raises ConfigError for models without a global layer,
+        or with several and no cache.
         """
         layers = self.config.global_layers
-        if len(layers) != 1:
+        if not layers or (len(layers) > 1 and cache is None):
             raise ConfigError(f"reading chunks on their own needs one global layer, this model has {len(layers)}")
         chunk = self.config.attention_chunk_size
         assert chunk is None or ids_BT.shape[1] <= chunk, "a row is at most one chunk"
-        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        positions_BT = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.model.embed_tokens(ids_BT)
         if self.packed is not None:
-            return self.packed.key_value(x_BTD, positions_BT, layers[0])
-        for block in self.model.layers[: layers[0]]:
-            x_BTD = block(x_BTD, positions_BT, None)
-        block = self.model.layers[layers[0]]
+            return self.packed.key_value(x_BTD, positions_BT, layers[-1], cache)
+        for block in self.model.layers[: layers[-1]]:
+            x_BTD = block(x_BTD, positions_BT, cache)
+        block = self.model.layers[layers[-1]]
         return block.self_attn.key_value(block.input_layernorm(x_BTD), positions_BT)

@@ -177,6 +177,29 @@ def test_contexts_in_four_bits(capsys: pytest.CaptureFixture[str], notes: Path, 
     assert "not 'int5'" in fails(capsys, *read, notes.parent / "new", "--kv", "int5")
 
 
+def test_contexts_of_several_global_layers(
+    capsys: pytest.CaptureFixture[str], notes: Path, several_model: Path
+) -> None:
+    exact, loose, model = notes.parent / "exact", notes.parent / "loose", ("--model", several_model)
+    for context, how in ((exact, ()), (loose, ("--reading", "independent"))):
+        assert run_json(capsys, "read", notes, "--context", context, *how, *model, "--json")["context"]["tokens"] > 0
+    shown = [run_json(capsys, "context", "show", context, "--json") for context in (exact, loose)]
+    assert [(s["reading"], s["global_layers"]) for s in shown] == [("sequential", 2), ("independent", 2)]
+    assert shown[0]["kv_bytes_per_token"] == 2 * 2 * 2 * (8 + 2), "layers, K and V, heads, and numbers with their scale"
+    assert run(["context", "show", str(exact)]) == 0
+    assert "K/V as int8 of 2 global layers, sequential" in capsys.readouterr().out
+    for context in (exact, loose):
+        answer = run_json(capsys, "ask", "Which code?", notes, "--context", context, *model, "--json")
+        assert answer["context"]["read_tokens"] == 0 and answer["citations"] and answer["quoted"]
+        assert run(["context", "verify", str(context)]) == run(["context", "compact", str(context)]) == 0
+        capsys.readouterr()
+    message = fails(capsys, "read", notes, "--context", loose, "--reading", "sequential", *model)
+    assert "was read with --reading independent, not sequential; leave it out" in message
+    assert "not 'backwards'" in fails(capsys, "read", notes, "-c", notes.parent / "x", "--reading", "backwards", *model)
+    assert "asked alone" in fails(capsys, "ask", "q", "--context", exact, "--context", loose, *model)
+    assert "cannot be merged" in fails(capsys, "context", "merge", loose, exact)
+
+
 def test_chat(
     capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,15 @@
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from herd.config import TextConfig
+from herd.context.forward import ReadingCache
 from herd.context.read import ReadReport, read
-from herd.context.segment import KV, convert, pack
+from herd.context.segment import KV, SEQUENTIAL, Spec, convert, pack
 from herd.context.store import NewChunk, NewSource, Store, chunk_hash, spec_for
 from herd.model import Transformer
 
@@ -30,6 +32,8 @@ CONFIG = TextConfig(
     attention_chunk_size=CHUNK,
     floor_scale=16,
 )
+# Three global layers: the first layer of all, one between local layers, and the last.
+SEVERAL = replace(CONFIG, num_hidden_layers=5, no_rope_layers=(0, 1, 0, 1, 0))
 
 
 class Bytes:
@@ -57,15 +61,17 @@ def tiny_model(config: TextConfig = CONFIG) -> Transformer:
 class CountingModel:
     """The tiny model, counting the rows it reads."""
 
-    def __init__(self) -> None:
-        self.model, self.rows = tiny_model(), 0
+    def __init__(self, config: TextConfig = CONFIG) -> None:
+        self.model, self.config, self.rows = tiny_model(config), config, 0
 
     def parameters(self) -> object:
         return self.model.parameters()
 
-    def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, ids_BT: torch.Tensor, first: int = 0, cache: ReadingCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.rows += len(ids_BT)
-        return self.model.read(ids_BT)
+        return self.model.read(ids_BT, first, cache)
 
 
 class MadeModel:
@@ -77,6 +83,32 @@ class MadeModel:
     def read(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = ids_BT.float()[..., None, None] + torch.arange(16.0).view(2, 8)
         return x, -x
+
+
+class MadeSequence:
+    """As MadeModel, with two layers below: their K/V depend on all that was read before, and where this stands."""
+
+    config = SEVERAL
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        return iter([torch.zeros(1)])
+
+    def read(self, ids_BT: torch.Tensor, first: int, cache: ReadingCache) -> tuple[torch.Tensor, torch.Tensor]:
+        self.rows += len(ids_BT)
+        x = ids_BT.float()[..., None, None] + torch.arange(16.0).view(2, 8)
+        # A sum of codes is exact, in whichever parts they come.
+        seen = sum(int(kv.k_GNd.long().sum()) for kv in cache.before)
+        for layer in range(2):
+            cache.keys.append(x + first + seen % (97 + layer))
+            cache.values.append(-x)
+        return x, -x
+
+
+def several(reading: str = SEQUENTIAL, dtype: str = "int8", config: TextConfig = SEVERAL) -> Spec:
+    return spec_for(config, "tiny", dtype, reading)
 
 
 def spec(fingerprint: str = "tiny", dtype: str = "int8"):
