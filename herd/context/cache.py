@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
+from herd.context.limits import start_position
 from herd.context.scan import Run, runs, scan
 from herd.context.store import Store
 from herd.kernels import Attention, dequantize_kv, merge_partials
@@ -107,9 +108,12 @@ class ContextCache:
     over them serves all.
     """
 
-    def __init__(self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32, room: int = 1
+    ) -> None:
+        """room: positions that the longest of the questions needs together with its answer."""
         self.cfg, self.dtype = cfg, dtype
-        self.start_position = sum(store.end_position for store in stores)
+        self.start_position = start_position(stores, cfg.max_position_embeddings, room)
         self._runs = [run for store in stores for run in runs(store)]
 
     def open(self, tokens: int, prompt: int = 1) -> ContextRow:
