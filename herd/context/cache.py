@@ -14,9 +14,9 @@ from torch import Tensor
 
 from herd.config import TextConfig
 from herd.context.limits import start_position
-from herd.context.scan import Run, runs, scan
+from herd.context.scan import Run, parts, runs, scan
 from herd.context.store import Store
-from herd.kernels import Attention, dequantize_kv, merge_partials
+from herd.kernels import Attention, Parts, dequantize_kv, merge_partials
 from herd.model.cache import KVRow, KVRows
 
 
@@ -115,6 +115,7 @@ class ContextCache:
         self.cfg, self.dtype = cfg, dtype
         self.start_position = start_position(stores, cfg.max_position_embeddings, room)
         self._runs = [run for store in stores for run in runs(store)]
+        self._parts = parts(self._runs)
 
     def open(self, tokens: int, prompt: int = 1) -> ContextRow:
         """See `herd.model.Memory`."""
@@ -122,16 +123,22 @@ class ContextCache:
 
     def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> "ContextRows":
         """See `herd.model.Memory`. The rows are of this cache."""
-        return ContextRows(self.cfg, self._runs, cast(Sequence[ContextRow], rows), counts)
+        return ContextRows(self.cfg, self._runs, self._parts, cast(Sequence[ContextRow], rows), counts)
 
 
 class ContextRows:
     """The cache of forward passes over some sequences that see the same contexts, see `KVRows`."""
 
     def __init__(
-        self, cfg: TextConfig, runs: list[Run], rows: Sequence[ContextRow], counts: Sequence[int] | None
+        self,
+        cfg: TextConfig,
+        runs: list[Run],
+        parts: Parts,
+        rows: Sequence[ContextRow],
+        counts: Sequence[int] | None,
     ) -> None:
-        self.cfg, self._runs, self._rows, self._own = cfg, runs, rows, KVRows(rows, counts)
+        self.cfg, self._runs, self._parts = cfg, runs, parts
+        self._rows, self._own = rows, KVRows(rows, counts)
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, positions_BT: Tensor) -> Tensor:
         """See herd.model.cache.Cache."""
@@ -142,7 +149,7 @@ class ContextRows:
         real_BT = positions_BT >= 0
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
-        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
+        found = scan(q_GRd, self._parts, _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd

@@ -166,7 +166,7 @@ def test_a_scan_equals_attention_over_all_live_tokens(
     opened.refresh()
     torch.manual_seed(0)
     q_GRd = (torch.randn(2, rows, 8) * 0.02).to(dtype)
-    found = scan.scan(q_GRd, scan.runs(opened))
+    found = scan.scan(q_GRd, scan.parts(scan.runs(opened)))
     kvs = [opened.kv(i) for i in range(len(opened.chunks))]
     k = torch.cat([dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32) for kv in kvs], 1)
     v = torch.cat([dequantize_kv(kv.v_GNd, kv.v_scale_GN, torch.float32) for kv in kvs], 1)
