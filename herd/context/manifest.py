@@ -196,7 +196,7 @@ AnyRow = TypeVar("AnyRow")
 def _rows(kind: type[AnyRow], cursor: Iterable[tuple[Any, ...]]) -> list[AnyRow]:
     """Rows of a query, whose values must be of the types that `kind` declares: a flipped bit may change them."""
     rows = list(cursor)
-    # Column by column, one value of each type that occurs: rows are many, and asking row after row takes most of opening.
+    # Column by column, one value of each type: there are many rows, and one by one they take half of opening.
     for column, type_ in zip(zip(*rows, strict=True), kind.__annotations__.values(), strict=False):
         if not all(isinstance(value, type_) for value in dict(zip(map(type, column), column, strict=True)).values()):
             raise sqlite3.DatabaseError(f"a value of a {kind.__name__} is of another type")
