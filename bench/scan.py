@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="also time the reference (slow)")
     options = parser.parse_args()
     torch.manual_seed(0)
-    parts = [random_part(min(PART, options.tokens - i), options.kv) for i in range(0, options.tokens, PART)]
+    sizes = [min(PART, options.tokens - i) for i in range(0, options.tokens, PART)]
+    parts = kernels.Parts(random_part(size, options.kv) for size in sizes)
     found = kernels.dequantize_kv(parts[0].k_GNd[:, :1], parts[0].k_scale_GN[:, :1], torch.float32)
     found = found.expand(-1, GROUP, -1) * SURE / (found.norm(dim=-1, keepdim=True) ** 2)
     near_none = torch.randn(HEADS, GROUP, DIM) * 0.1

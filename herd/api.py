@@ -217,8 +217,8 @@ class Context:
         quote: hold the answer to a quote of what the model looks at, or to `... is not in the context.`; False: the
         model's own words, whether they stand anywhere or not.
         also: further contexts of the same model, which count as if they had been read into this one. ContextError if
-        one of them is empty or, of several, was read in sequence, or if they have more chunks than the model has
-        positions for (`too_long`). PromptError if question and answer need more positions than are left.
+        one of them is empty or, of several, was read in sequence, or if they have more tokens than the model has
+        positions (`too_long`). PromptError if question and answer need more positions than are left.
         """
         return self._ask([question], also, max_tokens, quote, on_text)[0]
 
@@ -243,12 +243,13 @@ class Context:
         if (reason := apart(stores) or too_long(stores, self._model.config.max_position_embeddings)) is not None:
             raise ContextError(reason)
         model, tokenizer = self._model, self._model.tokenizer
-        cache = ContextCache(stores, model.config, model.transformer.memory_dtype)
+        prompts = [ask_prompt(tokenizer, question) for question in questions]
+        room = max(map(len, prompts), default=0) + max_tokens
+        cache = ContextCache(stores, model.config, model.transformer.memory_dtype, room)
         engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
         quote = quote and tokenizer.byte_level
-        for question in questions:
+        for question, prompt in zip(questions, prompts, strict=True):
             guide = Quoting(question, tokenizer) if quote else None
-            prompt = ask_prompt(tokenizer, question)
             engine.submit(Request(prompt, max_tokens, eos_ids=tokenizer.eos_ids, guide=guide))
         rows = [engine.row(request) for request in range(len(questions))]
         text, ids = tokenizer.stream(), [list[int]() for _ in questions]

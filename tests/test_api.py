@@ -113,26 +113,27 @@ def test_a_context_cut_under_its_reader_is_an_error(notes: Path, tiny_model: Pat
         context.ask("What is the code?", max_tokens=2)
 
 
-def test_a_context_of_more_chunks_than_positions_says_what_helps(short_model: Path, tmp_path: Path) -> None:
-    model, files = herd.load(short_model), [tmp_path / f"{name}.txt" for name in "abc"]
+def test_what_can_be_asked_is_limited_by_tokens_and_not_by_chunks(short_model: Path, tmp_path: Path) -> None:
+    model, files = herd.load(short_model), [tmp_path / f"{name}.txt" for name in "abcdef"]
     for file in files:
         file.write_text(f"The code of gate {file.stem} is 4711.\n")
     context = herd.Context.open(tmp_path / "ctx", model)
-    context.read(files[:2])
-    assert context.too_long is None and context.ask("Which code?", max_tokens=2).citations
-    with pytest.raises(PromptError, match="this model has 1,536; shorten the prompt or allow fewer new tokens"):
-        context.ask("Which code?", max_tokens=512)
-    other = read_into(tmp_path / "other", model, files[2])
-    with pytest.raises(ContextError, match=r"2 contexts have 3 chunks, and .* about 2 at most; ask fewer at a time"):
-        context.ask("Which code?", also=[other])
-
     context.read(files)
-    assert context.too_long is not None and "ctx has 3 chunks" in context.too_long
-    with pytest.raises(ContextError, match="ask each by itself, or join small files first") as refused:
-        context.ask("Which code?", max_tokens=2)
-    assert str(refused.value) == context.too_long
+    assert len(context.sources) * 512 > model.config.max_position_embeddings == 1536 > context.tokens + 400
+    assert context.too_long is None
+    answers = context.ask_many([f"Which code has gate {file.stem}?" for file in files], max_tokens=2)
+    assert [answer.citations[0].context for answer in answers] == [context.folder] * 6
+    assert context.ask("Which code?", max_tokens=600).citations
+    with pytest.raises(PromptError, match="this model has 1,536; shorten the prompt or allow fewer new tokens"):
+        context.ask("Which code?", max_tokens=1300)
 
-    joined = tmp_path / "joined.txt"
-    joined.write_text("".join(file.read_text() for file in files))
-    assert read_into(tmp_path / "fewer", model, joined).ask("Which code?", max_tokens=2).citations
-    assert other.ask("Which code?", max_tokens=2).citations
+    long = tmp_path / "long.txt"
+    long.write_text("The code of this gate is a secret.\n" * 30)
+    other = read_into(tmp_path / "other", model, long)
+    assert 1024 < other.tokens < 1536, "more than a question can stand behind"
+    with pytest.raises(ContextError, match=r"2 contexts have 1,\d+ tokens, .* 1,536 positions .* ask fewer at a time"):
+        context.ask("Which code?", also=[other])
+    assert other.too_long is not None and f"other has {other.tokens:,} tokens" in other.too_long
+    with pytest.raises(ContextError, match="and ask each by itself") as refused:
+        other.ask("Which code?", max_tokens=2)
+    assert str(refused.value) == other.too_long

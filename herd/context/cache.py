@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.context.scan import Run, runs, scan
+from herd.context.limits import start_position
+from herd.context.scan import Run, parts, runs, scan
 from herd.context.segment import KV
 from herd.context.store import Store
-from herd.kernels import Attention, dequantize_kv, merge_partials
+from herd.kernels import Attention, Parts, dequantize_kv, merge_partials
 from herd.model.cache import KVRow, KVRows
 
 
@@ -117,11 +118,15 @@ class ContextCache:
     shared by all sequences of a batch: one pass over them serves all.
     """
 
-    def __init__(self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, stores: Sequence[Store], cfg: TextConfig, dtype: torch.dtype = torch.float32, room: int = 1
+    ) -> None:
+        """room: positions that the longest of the questions needs together with its answer."""
         assert len(stores) == 1 or not any(store.spec.sequential for store in stores), "see `limits.apart`"
         self.cfg, self.dtype = cfg, dtype
-        self.start_position = sum(store.end_position for store in stores)
+        self.start_position = start_position(stores, cfg.max_position_embeddings, room)
         self._runs = [run for store in stores for run in runs(store)]
+        self._parts = parts(self._runs)
 
     def open(self, tokens: int, prompt: int = 1) -> ContextRow:
         """See `herd.model.Memory`."""
@@ -129,16 +134,22 @@ class ContextCache:
 
     def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> "ContextRows":
         """See `herd.model.Memory`. The rows are of this cache."""
-        return ContextRows(self.cfg, self._runs, cast(Sequence[ContextRow], rows), counts)
+        return ContextRows(self.cfg, self._runs, self._parts, cast(Sequence[ContextRow], rows), counts)
 
 
 class ContextRows:
     """The cache of forward passes over some sequences that see the same contexts, see `KVRows`."""
 
     def __init__(
-        self, cfg: TextConfig, runs: list[Run], rows: Sequence[ContextRow], counts: Sequence[int] | None
+        self,
+        cfg: TextConfig,
+        runs: list[Run],
+        parts: list[Parts],
+        rows: Sequence[ContextRow],
+        counts: Sequence[int] | None,
     ) -> None:
-        self.cfg, self._runs, self._rows, self._own = cfg, runs, rows, KVRows(rows, counts)
+        self.cfg, self._runs, self._parts = cfg, runs, parts
+        self._rows, self._own = rows, KVRows(rows, counts)
         self._place = {layer: place for place, layer in enumerate(cfg.global_layers)}
 
     def own(self, layer: int) -> KVRows | None:
@@ -155,7 +166,7 @@ class ContextRows:
         q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
         place = self._place[layer]
-        found = scan(q_GRd, self._runs, _by_head(own_BTH[real_BT], len(q_GRd)).cpu(), place)
+        found = scan(q_GRd, self._parts[place], _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
         out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
         own_BTHd[real_BT] = out_NHd

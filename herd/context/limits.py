@@ -20,22 +20,33 @@ def apart(stores: Sequence["Store"]) -> str | None:
     )
 
 
-def too_long(stores: Sequence["Store"], positions: int) -> str | None:
-    """Why a model with so many positions cannot be asked about contexts together, and what helps; None if it can.
+def start_position(stores: Sequence["Store"], positions: int, room: int = 1) -> int:
+    """Where a question about contexts starts that needs `room` positions together with its answer, if there are enough.
 
-    Each chunk takes a whole attention chunk of positions, however short it is, and a question stands behind them all.
+    Behind a whole attention chunk of positions for every chunk, however short it is. Where a model has not so many, the
+    gaps behind short chunks shrink: the question starts as late as it can, but behind as many positions as tokens. It
+    always starts an attention chunk. What was read in sequence depends on its positions, so there no gap shrinks. See
+    "Positions" in docs/architecture.md.
     """
-    chunks, most = sum(len(store.chunks) for store in stores), (positions - 1) // stores[0].spec.chunk
-    if chunks <= most:
+    if any(store.spec.sequential for store in stores):
+        return sum(store.end_position for store in stores)
+    chunk, tokens = stores[0].spec.chunk, sum(store.tokens for store in stores)
+    latest = max(_whole(positions - room, chunk), _whole(tokens + chunk - 1, chunk))
+    return min(sum(store.end_position for store in stores), latest)
+
+
+def too_long(stores: Sequence["Store"], positions: int) -> str | None:
+    """Why a model with so many positions cannot be asked about contexts together, and what helps; None if it can."""
+    if start_position(stores, positions) < positions:
         return None
+    tokens = sum(store.tokens for store in stores)
     if len(stores) > 1:
         names, fix = f"{len(stores)} contexts have", "ask fewer at a time"
     else:
-        names, fix = (
-            f"{stores[0].folder} has",
-            (
-                "read parts of the sources into contexts of their own and ask each by itself, "
-                "or join small files first, for each takes a chunk"
-            ),
-        )
-    return f"{names} {chunks:,} chunks, and this model can be asked about {most:,} at most; {fix}"
+        names = f"{stores[0].folder} has"
+        fix = "read parts of the sources into contexts of their own and ask each by itself"
+    return f"{names} {tokens:,} tokens, and this model has {positions:,} positions for them and a question; {fix}"
+
+
+def _whole(tokens: int, chunk: int) -> int:
+    return tokens // chunk * chunk

@@ -4,11 +4,11 @@ One SQLite file in WAL mode. A row stands only for bytes that are already safe o
 first, then the rows that name them are committed, so a crash leaves at most an unnamed file.
 """
 
+import itertools
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,8 +40,7 @@ CREATE INDEX skipped_whole ON skipped(name, reason, stat);
 """
 
 
-@dataclass(frozen=True)
-class ChunkRow:
+class ChunkRow(NamedTuple):
     """One chunk. `start` and `tokens` are its place in the segment; `ids` its compressed token ids."""
 
     id: int
@@ -55,16 +54,14 @@ class ChunkRow:
     ids: bytes
 
 
-@dataclass(frozen=True)
-class SegmentRow:
+class SegmentRow(NamedTuple):
     id: int
     file: str
     tokens: int
     bytes: int
 
 
-@dataclass(frozen=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """One source. `path` is None where the context came from another machine; `stat` decides if it must be read."""
 
     id: int
@@ -198,13 +195,12 @@ AnyRow = TypeVar("AnyRow")
 
 def _rows(kind: type[AnyRow], cursor: Iterable[tuple[Any, ...]]) -> list[AnyRow]:
     """Rows of a query, whose values must be of the types that `kind` declares: a flipped bit may change them."""
-    types = tuple(kind.__annotations__.values())
-    rows = []
-    for row in cursor:
-        if not all(map(isinstance, row, types)):
+    rows = list(cursor)
+    # Column by column, one value of each type: there are many rows, and one by one they take half of opening.
+    for column, type_ in zip(zip(*rows, strict=True), kind.__annotations__.values(), strict=False):
+        if not all(isinstance(value, type_) for value in dict(zip(map(type, column), column, strict=True)).values()):
             raise sqlite3.DatabaseError(f"a value of a {kind.__name__} is of another type")
-        rows.append(kind(*row))
-    return rows
+    return list(itertools.starmap(kind, rows))
 
 
 def segments(db: sqlite3.Connection) -> list[SegmentRow]:
@@ -237,6 +233,12 @@ def sources(db: sqlite3.Connection) -> list[SourceRow]:
 def source_chunks(db: sqlite3.Connection) -> list[tuple[int, int]]:
     """(source, chunk) pairs in order of source and place."""
     return list(db.execute("SELECT source, chunk FROM source_chunk ORDER BY source, ordinal"))
+
+
+def source_tokens(db: sqlite3.Connection) -> dict[int, int]:
+    """Tokens of each source that has any."""
+    query = "SELECT source, sum(tokens) FROM source_chunk JOIN chunk ON chunk.id = chunk GROUP BY source"
+    return dict(db.execute(query))
 
 
 def skipped(db: sqlite3.Connection) -> list[SkippedRow]:

@@ -140,7 +140,7 @@ class _Session:
         self._by_path = {row.path: row for row in rows if row.path is not None}
         self._names = {row.name: row for row in rows}
         self._skipped_before = {row.path: row for row in manifest.skipped(writer.db)}
-        self._tokens_of = _tokens_by_source(writer)
+        self._tokens_of = manifest.source_tokens(writer.db)
 
     def run(self, entries: list[Found | Skipped], roots: list[bytes]) -> None:
         changed: list[Found] = []
@@ -357,11 +357,3 @@ def _stat(identity: str) -> str:
 
 def _inside(path: bytes, root: bytes) -> bool:
     return path.startswith(root.rstrip(b"/") + b"/")
-
-
-def _tokens_by_source(writer: Writer) -> dict[int, int]:
-    tokens = {chunk.id: chunk.tokens for chunk in manifest.chunks(writer.db, live=True)}
-    total: dict[int, int] = {}
-    for source, chunk in manifest.source_chunks(writer.db):
-        total[source] = total.get(source, 0) + tokens[chunk]
-    return total

@@ -5,13 +5,14 @@ Every query sees every live token: context chunks come before the question, and 
 Shape suffixes: G key/value heads of a layer, R query rows of one key/value head, d head_dim, K parts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from herd.context.segment import KV
 from herd.context.store import Store
-from herd.kernels import Attention, attend_parts
+from herd.kernels import Attention, Parts, attend_parts
 
 PART_TOKENS = 8192  # what a thread takes at a time, and the step in which attention is counted for citations
 MISSED = 1e-3  # most of a query's attention whose values may be left out; what was is counted
@@ -51,10 +52,16 @@ def _run(store: Store, kv: KV, run: list[int]) -> Run:
     return Run(store, tuple(part.layer(index, layers) for index in range(layers)), run)
 
 
-def scan(q_GRd: Tensor, runs: list[Run], elsewhere_GR: Tensor | None = None, layer: int = 0) -> Attention:
-    """Attend from q, already scaled by 1/sqrt(d), to every token of the runs.
+def parts(runs: Sequence[Run]) -> list[Parts]:
+    """What is scanned of them in each global layer."""
+    layers = range(len(runs[0].layers) if runs else 0)
+    return [Parts(run.layers[layer] for run in runs) for layer in layers]
 
-    elsewhere_GR: log of the sum of exp(logit) over tokens that are not in the runs. Where these have all of the
-    attention, no value of the runs is read. layer: which of the global layers, from 0.
+
+def scan(q_GRd: Tensor, parts: Parts, elsewhere_GR: Tensor | None = None) -> Attention:
+    """Attend from q, already scaled by 1/sqrt(d), to every token of the parts.
+
+    elsewhere_GR: log of the sum of exp(logit) over tokens that are not in the parts. Where these have all of the
+    attention, no value of the parts is read.
     """
-    return attend_parts(q_GRd, [run.layers[layer] for run in runs], MISSED, elsewhere_GR)
+    return attend_parts(q_GRd, parts, MISSED, elsewhere_GR)

@@ -215,7 +215,6 @@ def load(path: Path, tokens: int, spec: Spec) -> KV:
             raise ContextError(damaged(path, "its header does not match the manifest"))
         # Copy-on-write: torch wants memory it may write to, and the file must never change.
         data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    data.madvise(mmap.MADV_WILLNEED)
     arrays: list[Tensor | None] = [
         torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
         for offset, (dtype, shape) in zip(offsets, _arrays(spec, tokens), strict=True)

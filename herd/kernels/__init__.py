@@ -11,6 +11,7 @@ from torch import Tensor
 
 from herd.errors import ConfigError
 from herd.kernels import native, reference
+from herd.kernels.native import Parts
 from herd.kernels.reference import (
     Attention,
     Part,
@@ -29,6 +30,7 @@ Weight = reference.PlainWeight | native.PackedWeight
 __all__ = [
     "Attention",
     "Part",
+    "Parts",
     "Weight",
     "apply_rope",
     "attend",

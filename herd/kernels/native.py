@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,10 +21,34 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BITS = {torch.int8: 8, torch.uint8: 4}  # of keys and values
 
 
-class _Tokens(ctypes.Structure):
-    """As in levels.h."""
+# As struct Tokens in levels.h.
+_TOKENS = np.dtype(
+    [*((name, np.uint64) for name in ("keys", "values", "key_scale", "value_scale")), ("count", "i8"), ("bits", "i4")],
+    align=True,
+)
 
-    _fields_ = (("keys", _P), ("values", _P), ("key_scale", _P), ("value_scale", _P), ("count", _I64), ("bits", _I32))
+
+class Parts(tuple[Part, ...]):
+    """Parts that are attended to again and again: what the library needs to know of them is looked up once."""
+
+    @functools.cached_property
+    def quantized(self) -> bool:
+        """Whether all of them are in 8 or 4 bits."""
+        return all(part.k_GNd.dtype in _BITS for part in self)
+
+    @functools.cached_property
+    def table(self) -> npt.NDArray[np.void]:
+        """Where the tokens of each part and head stand, [K, G]."""
+        table = np.zeros((len(self), len(self[0].k_GNd) if self else 0), _TOKENS)
+        for k, part in enumerate(self):
+            assert part.k_scale_GN is not None and part.v_scale_GN is not None
+            arrays = (part.k_GNd, part.v_GNd, part.k_scale_GN, part.v_scale_GN)
+            assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
+            row, (G, N) = table[k], part.k_GNd.shape[:2]
+            for name, a in zip(_TOKENS.names or (), arrays, strict=False):
+                row[name] = a.data_ptr() + np.arange(G, dtype=np.uint64) * (a.stride(0) * a.itemsize)
+            row["count"], row["bits"] = N, _BITS[part.k_GNd.dtype]
+        return table
 
 
 def find() -> str | None:
@@ -84,7 +110,7 @@ def library() -> ctypes.CDLL:
 
 def takes(q_GRd: Tensor, parts: Sequence[Part]) -> bool:
     """Whether `attend_parts` can do this: 8 or 4 bits on the CPU, head_dim a multiple of 64."""
-    return fits(q_GRd.shape[-1]) and all(part.k_GNd.dtype in _BITS for part in parts)
+    return fits(q_GRd.shape[-1]) and _known(parts).quantized
 
 
 def fits(head_dim: int) -> bool:
@@ -97,21 +123,17 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
     (G, R, d), K = q_GRd.shape, len(parts)
     q_GRd = q_GRd.float().contiguous()
     elsewhere_GR = torch.full((G, R), -math.inf) if elsewhere_GR is None else elsewhere_GR.float().contiguous()
-    tokens = (_Tokens * (K * G))(*(head for part in parts for head in _heads(part)))
+    table = _known(parts).table
     out_GRd, lse_GR = torch.empty(G, R, d), torch.empty(G, R)
     lse_KGR, left_out_GR = torch.empty(K, G, R), torch.empty(G, R)
     results = (x.data_ptr() for x in (out_GRd, lse_GR, lse_KGR, left_out_GR))
     known, threads = elsewhere_GR.data_ptr(), torch.get_num_threads()
-    library().herd_attend(q_GRd.data_ptr(), G, R, d, tokens, K, missed, known, threads, *results)
+    library().herd_attend(q_GRd.data_ptr(), G, R, d, table.ctypes.data, K, missed, known, threads, *results)
     return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
 
 
-def _heads(part: Part) -> list[_Tokens]:
-    assert part.k_scale_GN is not None and part.v_scale_GN is not None
-    arrays = (part.k_GNd, part.v_GNd, part.k_scale_GN, part.v_scale_GN)
-    assert all(a[0].is_contiguous() for a in arrays), "tokens of a head stand side by side"
-    (G, N), bits = part.k_GNd.shape[:2], _BITS[part.k_GNd.dtype]
-    return [_Tokens(*(a[g].data_ptr() for a in arrays), N, bits) for g in range(G)]
+def _known(parts: Sequence[Part]) -> Parts:
+    return parts if isinstance(parts, Parts) else Parts(parts)
 
 
 def takes_causal(*parts: Tensor) -> bool:

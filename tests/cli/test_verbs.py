@@ -120,10 +120,10 @@ def test_a_context_too_long_to_be_asked_is_told_when_it_is_read(
     context = notes.parent / "ctx"
     rest = ("--context", context, "--model", short_model)
     assert run_json(capsys, "read", notes, *rest, "--json")["warning"] is None
-    (notes / "one.txt").write_text("One file more than there is room for.\n")
+    (notes / "long.txt").write_text("More than there is room for.\n" * 50)
     assert run([str(a) for a in ("read", notes, *rest)]) == 0
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"warning: {context} has 3 chunks, and this model can be asked about 2 at most; read parts")
+    assert told.startswith(f"warning: {context} has 1,") and told.endswith("ask each by itself")
     assert f"warning: {run_json(capsys, 'read', notes, *rest, '--json')['warning']}" == told
     assert fails(capsys, "ask", "q", *rest) == told.replace("warning", "error") + "\n"
 

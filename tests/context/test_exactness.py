@@ -11,6 +11,7 @@ from herd import engine
 from herd.context import scan
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import cite
+from herd.context.limits import start_position, too_long
 from herd.context.store import Store, spec_for
 from herd.kernels import attend, dequantize_kv
 from herd.model import Transformer
@@ -79,6 +80,39 @@ def test_several_contexts_count_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [1, 20, 40])
+@torch.inference_mode()
+def test_where_a_question_stands_decides_its_temperature_only(tmp_path: Path, room: int) -> None:
+    """So short chunks may be asked about that have no whole attention chunk of positions each."""
+    opened = Store.open(tmp_path / "ctx", spec())
+    read_paths(opened, *full_chunks(tmp_path / "src", 5)[1:], *full_chunks(tmp_path / "more", 3))
+    assert opened.tokens % 32 != 0 < opened.tokens < opened.end_position == len(opened.chunks) * 32
+    positions = opened.end_position - 10  # not enough for a whole chunk each
+    starts, logits = [], []
+    for short in (CONFIG, replace(CONFIG, max_position_embeddings=positions)):
+        for tempered in (True, False):
+            cfg = replace(short, attn_temperature_tuning=tempered)
+            cache = ContextCache([opened], cfg, room=room)
+            starts.append(cache.start_position)
+            logits.append(asked(tiny_model(cfg), cache))
+    assert starts[0] == opened.end_position
+    assert opened.tokens <= starts[2] <= positions - room < starts[2] + 32 and starts[2] % 32 == 0
+    torch.testing.assert_close(logits[1], logits[3], rtol=0, atol=1e-5)
+    assert (logits[0] - logits[2]).abs().max() > 1e-4
+
+
+def test_a_question_never_starts_before_as_many_positions_as_tokens(tmp_path: Path) -> None:
+    """Nor elsewhere than behind all chunks while there is room there, whatever it needs."""
+    opened = Store.open(tmp_path / "ctx", spec())
+    put(opened, "a", [bytes([i]) * 20 for i in range(10)])  # 200 tokens, 10 chunks of 32 positions
+    opened.refresh()
+    places = [(1000, 1), (330, 10), (330, 11), (320, 1), (300, 1), (300, 60), (300, 90), (224, 1)]
+    starts = [start_position([opened], positions, room) for positions, room in places]
+    assert starts == [320, 320, 288, 288, 288, 224, 224, 224]
+    assert too_long([opened], 225) is None and too_long([opened], 224) is not None
+    assert start_position([opened, opened], 1000) == 640 and start_position([opened, opened], 512) == 480
+
+
 @torch.inference_mode()
 def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path) -> None:
     model = tiny_model()
@@ -132,7 +166,7 @@ def test_a_scan_equals_attention_over_all_live_tokens(
     opened.refresh()
     torch.manual_seed(0)
     q_GRd = (torch.randn(2, rows, 8) * 0.02).to(dtype)
-    found = scan.scan(q_GRd, scan.runs(opened))
+    found = scan.scan(q_GRd, scan.parts(scan.runs(opened))[0])
     kvs = [opened.kv(i) for i in range(len(opened.chunks))]
     k = torch.cat([dequantize_kv(kv.k_GNd, kv.k_scale_GN, torch.float32) for kv in kvs], 1)
     v = torch.cat([dequantize_kv(kv.v_GNd, kv.v_scale_GN, torch.float32) for kv in kvs], 1)

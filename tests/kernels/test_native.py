@@ -1,7 +1,7 @@
 """The native library against the reference, for every instruction set that this machine has."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -114,6 +114,30 @@ def test_parts_of_a_longer_array(bits: int) -> None:
         for a, b in ((0, 17), (500, 999), (999, 1000))
     ]
     compare(torch.randn(3, 2, 64), views)
+
+
+def test_parts_that_are_looked_at_again_are_looked_up_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = random_parts([900], bits, G=3)[0]
+    parts = kernels.Parts(whole.part(start, start + 100) for start in range(0, 900, 100))
+    looks = list(torch.randn(4, 3, 2, 64))
+    expected = [native.attend_parts(q_GRd, list(parts), 1e-3) for q_GRd in looks]
+    with monkeypatch.context() as patch:
+        found = [kernels.attend_parts(looks[0], parts, 1e-3)]
+        patch.setattr(Tensor, "data_ptr", _no_more(Tensor.data_ptr, len(looks) * 8))
+        found += [kernels.attend_parts(q_GRd, parts, 1e-3) for q_GRd in looks[1:]]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.lse_KGR, theirs.lse_KGR) and torch.equal(ours.out_GRd, theirs.out_GRd)
+
+
+def _no_more(call: Callable[[Tensor], int], times: int) -> Callable[[Tensor], int]:
+    """The same, which may be called so often."""
+    left = iter(range(times))
+
+    def counted(x: Tensor) -> int:
+        assert next(left, None) is not None, f"called more than {times} times"
+        return call(x)
+
+    return counted
 
 
 @pytest.mark.parametrize("missed", [1e-6, 1e-3, 0.1])

@@ -16,6 +16,7 @@ namespace herd {
 namespace {
 
 constexpr int64_t PIECE = 256;  // tokens whose logits are in cache
+constexpr int64_t AHEAD = 256;  // how many tokens before their use keys are fetched
 
 float from_half(uint16_t h) {  // finite numbers; without branches, so that the compiler makes vectors of it
   const uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
@@ -90,7 +91,8 @@ void logits16(const Queries& q, int64_t first, int64_t R, const uint8_t* keys, c
   const Float16 scale = load(key_scale);
   const int64_t row = q.d * BITS / 8;
   alignas(64) uint8_t columns[256 * 64];
-  for (int64_t i = 0; i < 16 * row; i += 64) __builtin_prefetch(keys + 128 * row + i);
+  // Into the second cache: the first has no room for so many loads under way.
+  for (int64_t i = 0; i < 16 * row; i += 64) __builtin_prefetch(keys + AHEAD * row + i, 0, 2);
   transpose_keys(keys, row, BITS == 8 ? 128 : 0, columns);
   int64_t r = 0;
   for (; r + 3 <= R; r += 3) some_logits<BITS, 3>(q, first + r, columns, scale, to + r * PIECE);
@@ -129,21 +131,24 @@ struct State {
   }
 };
 
-// Logits of one piece become weights; `cut`: the weight below which a query needs no value. Returns how many queries
-// need any of the piece, and which; for the others all of it is left out.
-int64_t weights(State& state, float* logits, int64_t count, float log_cut, const float* before, float* cut,
-                int64_t* needing) {
+// Logits of one piece become weights; `cut`: the weight below which a query needs no value; `outside`: the weights known
+// beside this part. Returns how many queries need any of the piece, and which; for the others all of it is left out.
+int64_t weights(State& state, float* logits, int64_t count, float share, const float* before, float* outside,
+                float* cut, int64_t* needing) {
   int64_t need = 0;
   const int64_t padded = (count + 15) / 16 * 16;
   for (int64_t r = 0; r < state.R; r++) {
     float* row = logits + r * PIECE;
     for (int64_t n = count; n < padded; n++) row[n] = LOWEST;
     const float most = largest(row, padded);
-    if (most > state.most.at[r]) state.rescale(r, most);
+    if (most > state.most.at[r]) {
+      state.rescale(r, most);
+      outside[r] = std::exp(before[r] - most);
+    }
     const float sum = exponentials(row, padded, state.most.at[r]);
     state.sum.at[r] += sum;
     // All that is known so far: this part and those before it.
-    cut[r] = std::exp(log_add(state.log_sum(r), before[r]) + log_cut - state.most.at[r]);
+    cut[r] = share * (state.sum.at[r] + outside[r]);
     if (exponential(most - state.most.at[r]) < cut[r])
       state.left_out.at[r] += sum;
     else
@@ -187,10 +192,11 @@ void add_values(State& state, const float* weight, const float* cut, const int64
   }
 }
 
-// before: for each query from `first` on, the log of a sum of weights that are not of this part.
+// before: for each query from `first` on, the log of a sum of weights that are not of this part. Values of tokens that
+// have a smaller share of the softmax than `share` are left out.
 template <int BITS>
-void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, const float* before, State& state,
-              float* logits, float* cut, int64_t* needing) {
+void one_part(const Queries& q, int64_t first, const Tokens& t, float share, const float* before, State& state,
+              float* logits, float* outside, float* cut, int64_t* needing) {
   alignas(64) float key_scale[PIECE];
   alignas(64) uint8_t last[16 * 256];
   const int64_t row = q.d * BITS / 8;
@@ -207,7 +213,7 @@ void one_part(const Queries& q, int64_t first, const Tokens& t, float log_cut, c
       }
       logits16<BITS>(q, first, state.R, keys, key_scale + i, logits + i);
     }
-    const int64_t need = weights(state, logits, count, log_cut, before, cut, needing);
+    const int64_t need = weights(state, logits, count, share, before, outside, cut, needing);
     add_values<BITS>(state, logits, cut, needing, need, t.values + n * row, t.value_scale + n, count);
   }
 }
@@ -216,7 +222,7 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
             const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse, float* left_out) {
   int64_t total = 0;
   for (int64_t k = 0; k < K; k++) total += tokens[k * G].count;
-  const float log_cut = std::log(missed / (float)(total > 0 ? total : 1));
+  const float share = missed / (float)(total > 0 ? total : 1);
   Queries queries(G * R, d);
   split(q, queries);
   State all(G * R, d);
@@ -225,7 +231,7 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
 #pragma omp parallel num_threads(threads)
   {
     State mine(G * R, d), part(R, d);
-    Buffer<float> logits(R * PIECE), cut(R), before(R);
+    Buffer<float> logits(R * PIECE), cut(R), before(R), outside(R);
     Buffer<int64_t> needing(R);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < K * G; item++) {
@@ -234,7 +240,7 @@ void attend(const float* q, int64_t G, int64_t R, int64_t d, const Tokens* token
 #pragma omp critical(known)
       for (int64_t r = 0; r < R; r++) before.at[r] = log_add(known.at[first + r], elsewhere[first + r]);
       const auto attend_part = tokens[item].bits == 8 ? one_part<8> : one_part<4>;
-      attend_part(queries, first, tokens[item], log_cut, before.at, part, logits.at, cut.at, needing.at);
+      attend_part(queries, first, tokens[item], share, before.at, part, logits.at, outside.at, cut.at, needing.at);
       for (int64_t r = 0; r < R; r++) part_lse[item * R + r] = part.log_sum(r);
       mine.add(part, first);
 #pragma omp critical(known)
