@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from herd.kernels.reference import Attention, Part
+from herd.kernels.reference import Attention, Part, fitting_group
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WIDEST = 256  # head_dim, a multiple of 64
@@ -65,7 +65,7 @@ class Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [N, K] in the library's order, with float32 scales [K / group, N rounded up], none in 16 bits."""
+    """A weight [N, K] in the library's order, with float32 scales [panels, K / group, 32], none in 16 bits."""
 
     packed: Tensor
     scale: Tensor
@@ -154,9 +154,10 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     """As `reference.pack`; 16 bits are bfloat16, where group counts for nothing."""
     N, K = w_NK.shape
-    width = -(-N // PANEL) * PANEL
-    packed = torch.empty(width * K * bits // 8, dtype=torch.uint8)
-    scale = torch.zeros(0 if bits == 16 else K // group, width)
+    group = fitting_group(K, group)
+    panels = -(-N // PANEL)
+    packed = torch.empty(panels * PANEL * K * bits // 8, dtype=torch.uint8)
+    scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)
     weight = PackedWeight(packed, scale, (N, K), group, bits)
     w_NK = w_NK.float().contiguous()
     library().herd_pack(w_NK.data_ptr(), ctypes.byref(weight.struct()), torch.get_num_threads())

@@ -187,13 +187,19 @@ class PlainWeight:
 def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
     """A weight quantised for `linear`, symmetric: 8 bits from -127 to 127, 4 bits from -8 to 7 (spec §7).
 
-    K is a multiple of group, and that of 8.
+    K is a multiple of 8. group: how many inputs share a scale at most, see `fitting_group`.
     """
+    group = fitting_group(w_NK.shape[1], group)
     low, high = (-127, 127) if bits == 8 else (-8, 7)
     w_NgK = w_NK.float().unflatten(1, (-1, group))
     scale_Ng = w_NgK.abs().amax(-1).clamp(min=1e-6) / -low
     q_NgK = (w_NgK / scale_Ng.unsqueeze(-1)).round().clamp(low, high)
     return PlainWeight(q_NgK.flatten(1).to(torch.int8).contiguous(), scale_Ng.T.contiguous())
+
+
+def fitting_group(K: int, most: int) -> int:
+    """The largest group of at most so many inputs that K is a multiple of; both are multiples of 8."""
+    return max(group for group in range(8, min(most, K) + 1, 8) if K % group == 0)
 
 
 def linear(x: Tensor, weight: PlainWeight) -> Tensor:

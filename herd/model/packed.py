@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from herd import kernels
 from herd.config import TextConfig
@@ -109,7 +109,7 @@ def _span(row: KVRow, first: int, tokens: int, position: int, run: range) -> Spa
 def pack(transformer: "Transformer", bits: Bits) -> None:
     """Let the native library run a transformer, whose layers and head are given up for that, one after the other."""
     blocks, packed = transformer.blocks, list[Layer]()
-    transformer.model.layers = []
+    transformer.model.layers = nn.ModuleList()  # type: ignore[assignment]
     while blocks:
         packed.append(_pack(blocks.pop(0), bits))
     head = native.pack(transformer.lm_head.weight.detach(), *bits)

@@ -49,11 +49,11 @@ def quantize(transformer: Transformer, bits: int, group: int) -> None:
     Where the native library can, it runs the layers from then on (`Packed`). ConfigError if bits is not 8 or 4, or a
     layer's inputs are no multiple of group, or that of 8.
     """
-    if bits not in (4, 8) or group < 8 or group % 8:
-        raise ConfigError(f"weights can have 8 or 4 bits in groups that are multiples of 8, not {bits} in {group}")
+    if bits not in (4, 8) or group < 8:
+        raise ConfigError(f"weights can have 8 or 4 bits in groups of 8 or more, not {bits} in {group}")
     for name, inputs in _inputs(transformer):
-        if inputs % group:
-            raise ConfigError(f"{name} has {inputs} inputs, no multiple of the group of {group}")
+        if inputs % 8:
+            raise ConfigError(f"{name} has {inputs} inputs; only multiples of 8 can be quantised")
     if runs_layers(transformer.lm_head.weight, transformer.config.head_dim):
         pack(transformer, Bits(bits, group))
         return

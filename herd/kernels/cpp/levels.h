@@ -15,7 +15,7 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 // `group` of inputs, or in 16 (bfloat16). group, and K, are multiples of 8.
 struct Weight {
   const uint8_t* packed;  // panels(N) * 32 * K * bits / 8 bytes
-  const float* scale;     // [K / group, panels(N) * 32]; none in 16 bits
+  const float* scale;     // [panels(N), K / group, 32]; none in 16 bits
   int64_t N, K;
   int32_t group, bits;
 };

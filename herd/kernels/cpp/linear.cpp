@@ -50,7 +50,7 @@ void pack_output(const float* w, int64_t n, Weight& to, uint8_t* cells, float* s
     float most = 1e-6f;
     for (int64_t k = g * to.group; k < (g + 1) * to.group; k++) most = std::fabs(w[k]) > most ? std::fabs(w[k]) : most;
     const float step = most / -low;
-    scale[g * panels(to.N) * PANEL + n] = step;
+    scale[(n / PANEL * (to.K / to.group) + g) * PANEL + n % PANEL] = step;
     for (int64_t k = g * to.group; k < (g + 1) * to.group; k++) {
       const float whole = std::rint(w[k] / step);
       const int32_t q = (int32_t)(whole < low ? low : whole > high ? high : whole);

@@ -165,7 +165,7 @@ void whole_tile(const Weight& w, const Rows& rows, int64_t first, int64_t panel,
       x += 4 * R;
       sums.template add<4>(high_nibbles(left), high_nibbles(right), x);
     }
-    const float* ours = w.scale + (g * panels(w.N) + panel) * PANEL;
+    const float* ours = w.scale + (panel * rows.groups + g) * PANEL;
     sums.scale(load(ours), load(ours + 16), scale, g == 0, to);
   }
 }
