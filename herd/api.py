@@ -26,7 +26,8 @@ from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
 from herd.errors import ContextError
 from herd.model import KVRow, Transformer
-from herd.model.quantized import quantize
+from herd.model.packed import Bits
+from herd.model.quantized import pack_halves, quantize
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
 
@@ -49,8 +50,12 @@ class Generated:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model. `fingerprint` names its weights; a context is bound to the fingerprint that read it."""
+    """A loaded model. `fingerprint` names its weights; a context is bound to the fingerprint that read it.
 
+    name: what `load` was given.
+    """
+
+    name: str
     path: Path
     config: TextConfig
     tokenizer: Tokenizer
@@ -102,36 +107,45 @@ class Model:
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
-    dtype None: as stored. `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of
-    64 or that many inputs; contexts are bound to it, too. CheckpointError or ConfigError if there is no such model or
-    it cannot be loaded.
+    `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of at most 256 inputs (64 in
+    4 bits) or that many, and `@bf16` does not; without, Cria is int8 and other models are as stored. Contexts are bound
+    to it. dtype: of weights that are not quantised; None: as stored. CheckpointError or ConfigError if there is no such
+    model or it cannot be loaded.
     """
     folder, weights = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
         quantize(transformer, *weights)
-        identity = hashlib.sha256(f"{identity} {weights}".encode()).hexdigest()
-    return Model(folder, transformer.config, Tokenizer.load(folder), transformer, identity)
+        identity = hashlib.sha256(f"{identity} {tuple(weights)}".encode()).hexdigest()
+    elif transformer.memory_dtype == torch.bfloat16:
+        pack_halves(transformer)
+    return Model(str(path_or_name), folder, transformer.config, Tokenizer.load(folder), transformer, identity)
 
 
 class Found(NamedTuple):
-    """What a model's name stands for: its folder, and the bits and group its weights are asked for in, if they are."""
+    """What a model's name stands for: its folder, and how its weights are quantised, if they are."""
 
     folder: Path
-    weights: tuple[int, int] | None
+    weights: Bits | None
 
 
-_WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
+_WEIGHTS = re.compile(r"@(?:(?P<plain>bf16)|int(?P<bits>4|8)(?::(?P<group>\d+))?)$")
+_GROUPS = {8: 256, 4: 64}
 
 
 def find_model(path_or_name: str | Path) -> Found:
     """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
-    name, weights = str(path_or_name), None
-    asked = _WEIGHTS.search(name)
-    if asked is not None and not Path(name).exists():
-        name, weights = name[: asked.start()], (int(asked[1]), int(asked[2] or 64))
-    return Found(cria_path() if name == "cria" and not Path(name).exists() else Path(name), weights)
+    name = str(path_or_name)
+    asked = None if Path(name).exists() else _WEIGHTS.search(name)
+    if asked is not None:
+        name = name[: asked.start()]
+    ours = name == "cria" and not Path(name).exists()
+    weights = Bits(8, _GROUPS[8]) if ours else None
+    if asked is not None:
+        bits = None if asked["plain"] else int(asked["bits"])
+        weights = None if bits is None else Bits(bits, int(asked["group"] or _GROUPS[bits]))
+    return Found(cria_path() if ours else Path(name), weights)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _child(
     max_tokens: int = 32,
 ) -> dict[str, Any]:
     """Run `herd.eval.child` and add the seconds from its start to its first token and its end."""
-    job: dict[str, Any] = {"mode": mode, "model": str(model.path), "store": str(store), "kv": kv, "paths": list(paths)}
+    job: dict[str, Any] = {"mode": mode, "model": model.name, "store": str(store), "kv": kv, "paths": list(paths)}
     job |= {"question": question, "max_tokens": max_tokens}
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -57,7 +57,7 @@ def run(
     kept = "" if kv == "int8" else f" --kv {kv}"
     free = "" if quote else " --free"
     command = f"herd eval {name}{shown} --trials {count} --seed {seed}{kept}{free}{compared}"
-    result = {**report.about(command, model.path.name, model.fingerprint, seed), "results": results}
+    result = {**report.about(command, Path(model.name).name, model.fingerprint, seed), "results": results}
     if out is not None:
         report.write_json(result, out)
     return result

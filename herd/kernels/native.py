@@ -154,7 +154,7 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     """As `reference.pack`; 16 bits are bfloat16, where group counts for nothing."""
     N, K = w_NK.shape
-    group = fitting_group(K, group)
+    group = K if bits == 16 else fitting_group(K, group)
     panels = -(-N // PANEL)
     packed = torch.empty(panels * PANEL * K * bits // 8, dtype=torch.uint8)
     scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, N tokens of all sequences, D hidden, H query 
 d / 2.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from herd import kernels
 from herd.config import TextConfig
-from herd.kernels import native, rms_norm
+from herd.kernels import layers, native, rms_norm
 from herd.kernels.layers import Layer, Layers, Mlp, Shape, Span, Tokens, pack_mlp
 from herd.kernels.native import PackedWeight
 from herd.model.attention import causal_attention
@@ -54,18 +55,28 @@ class Packed:
                 assert cache is not None
                 while end < last and cache.own(end) is own:
                     end += 1
-                self._layers.run(at, end, tokens, self._spans(own, positions_BT, at, end))
+                self._layers.run(at, end, tokens, _spans(own, positions_BT, range(at, end)))
             at = end
         return tokens.x_ND.view_as(x_BTD)
 
     def key_value(self, x_BTD: Tensor, positions_BT: Tensor, layer: int, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Keys and values, each [B, T, G, d], that a layer makes of chunks; see `Transformer.read`."""
         tokens = self._tokens(x_BTD, positions_BT)
-        for at in range(layer):
-            self._ask(at, tokens, positions_BT, cache)
+        if cache is None:
+            self._read(tokens, len(positions_BT), positions_BT.shape[1], layer)
+        else:
+            for at in range(layer):
+                self._ask(at, tokens, positions_BT, cache)
         _, k_NGd, v_NGd = self._layers.project(layer, tokens)
         k_BTGd, v_BTGd = (part.unflatten(0, positions_BT.shape).to(x_BTD.dtype) for part in (k_NGd, v_NGd))
         return k_BTGd, v_BTGd
+
+    def _read(self, tokens: Tokens, B: int, T: int, last: int) -> None:
+        """The layers before `last` over rows that begin a chunk, each with one memory that all layers use in turn."""
+        rooms = [layers.memory(T, self.cfg.num_key_value_heads, self.cfg.head_dim) for _ in range(B)]
+        tables = [layers.addresses([room] * last) for room in rooms]
+        spans = [Span(row * T, T, 0, 0, T, T, ctypes.addressof(table)) for row, table in enumerate(tables)]
+        self._layers.run(0, last, tokens, spans)
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Transformer.logits`."""
@@ -89,13 +100,14 @@ class Packed:
             attended = cache.attend(at, q, k, v, positions_BT)
         self._layers.finish(at, tokens, attended.flatten(0, 1))
 
-    def _spans(self, own: KVRows, positions_BT: Tensor, first: int, last: int) -> list[Span]:
-        spans = own.spans(positions_BT)
-        return [
-            _span(row, at.start, at.stop - at.start, position, range(first, last))
-            for row, (at, position) in zip(own.rows, spans, strict=True)
-            if at.stop > at.start
-        ]
+
+def _spans(own: KVRows, positions_BT: Tensor, run: range) -> list[Span]:
+    spans = own.spans(positions_BT)
+    return [
+        _span(row, at.start, at.stop - at.start, position, run)
+        for row, (at, position) in zip(own.rows, spans, strict=True)
+        if at.stop > at.start
+    ]
 
 
 def _span(row: KVRow, first: int, tokens: int, position: int, run: range) -> Span:

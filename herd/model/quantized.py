@@ -65,6 +65,14 @@ def quantize(transformer: Transformer, bits: int, group: int) -> None:
                 setattr(parent, name, QuantizedLinear(layer.weight, bits, group))
 
 
+def pack_halves(transformer: Transformer) -> None:
+    """Let the native library run a model in bfloat16, where it can."""
+    if runs_layers(transformer.lm_head.weight, transformer.config.head_dim) and not any(
+        inputs % 2 for _, inputs in _inputs(transformer)
+    ):
+        pack(transformer, Bits(16, 0))
+
+
 def _inputs(transformer: Transformer) -> Iterator[tuple[str, int]]:
     for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear) and not name.endswith(".router"):

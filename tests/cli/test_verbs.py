@@ -78,7 +78,7 @@ def test_quantised_weights_are_asked_for_by_name(
     args = ("ask", "What is the code?", notes, "--context", context, "--max-tokens", 4)
     assert run_json(capsys, *args, "--json", "--model", f"{tiny_model}@int8:8")["answer"]
     assert "another model" in fails(capsys, *args, "--model", tiny_model)
-    assert "no multiple of the group of 64" in fails(capsys, *args, "--model", f"{tiny_model}@int4")
+    assert "groups of 8 or more, not 8 in 4" in fails(capsys, *args, "--model", f"{tiny_model}@int8:4")
     assert "@int5" in fails(capsys, *args, "--model", f"{tiny_model}@int5")
 
 

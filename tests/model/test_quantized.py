@@ -1,6 +1,7 @@
 """Quantised models: what is quantised, how far off they are, and what is refused."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,10 +64,16 @@ def test_each_row_goes_through_its_own_expert(model: Transformer) -> None:
 
 
 def test_what_does_not_fit_is_refused(model: Transformer) -> None:
-    with pytest.raises(ConfigError, match="8 or 4 bits in groups that are multiples of 8, not 3 in 32"):
+    with pytest.raises(ConfigError, match="8 or 4 bits in groups of 8 or more, not 3 in 32"):
         quantize(deepcopy(model), 3, 32)
-    with pytest.raises(ConfigError, match="64 inputs, no multiple of the group of 128"):
-        quantize(deepcopy(model), 8, 128)
+    odd = Transformer(replace(CONFIG, intermediate_size_mlp=100))
+    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs; only multiples of 8"):
+        quantize(odd, 8, 128)
+
+
+def test_groups_are_as_large_as_fit() -> None:
+    assert [reference.fitting_group(K, 256) for K in (64, 576, 1024, 8)] == [64, 192, 256, 8]
+    assert reference.pack(torch.randn(3, 576), 8, 256).scale_gN.shape == (3, 3)
 
 
 def test_the_reference_quantises_within_half_a_step() -> None:

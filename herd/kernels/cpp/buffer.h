@@ -1,7 +1,10 @@
-// Memory for one call. Not from the standard library: its templates would be shared between the instruction sets.
+// Memory for one call, and small helpers. Not from the standard library: its templates would be shared between the instruction sets.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace herd {
 namespace {
@@ -17,6 +20,16 @@ struct Buffer {
 };
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Threads of the team that calls this.
+inline int64_t team_size() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
 
 }  // namespace
 }  // namespace herd

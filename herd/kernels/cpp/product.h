@@ -220,7 +220,9 @@ template <class Sink>
 void multiply(const Product* products, int64_t count, const Sink& sink) {
   int64_t units = 0;
   for (int64_t i = 0; i < count; i++) units += products[i].units();
-#pragma omp for schedule(guided)
+  // Shares of some panels that follow each other, so that memory is read on; units of many rows come first.
+  const int64_t share = most(1, units / (16 * team_size()));
+#pragma omp for schedule(dynamic, share)
   for (int64_t unit = 0; unit < units; unit++) {
     int64_t i = 0, at = unit;
     while (at >= products[i].units()) at -= products[i++].units();
