@@ -94,6 +94,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_causal.argtypes = (_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _P, _I64)
     library.herd_pack.argtypes = (_P, ctypes.POINTER(Weight), _I64)
     library.herd_linear.argtypes = (ctypes.POINTER(Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
+    library.herd_large_pages.argtypes = (_P, _I64)
     library.herd_project.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_finish.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_run.argtypes = (_P, _P, _I64, _P, _P, _I64, _I64)
@@ -151,12 +152,31 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     return out_BTHd
 
 
+class _Room:
+    """Large pieces of memory that weights are cut from, one behind the other, so that they lie in large pages."""
+
+    def __init__(self) -> None:
+        self._piece, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, nbytes: int) -> Tensor:
+        if self._used + nbytes > len(self._piece):
+            self._piece, self._used = torch.empty(max(nbytes, _PIECE), dtype=torch.uint8), 0
+            library().herd_large_pages(self._piece.data_ptr(), len(self._piece))
+        taken = self._piece[self._used : self._used + nbytes]
+        self._used += -(-nbytes // 64) * 64  # lines of the cache
+        return taken
+
+
+_PIECE = 256 << 20  # bytes; what is not used is never touched
+_room = _Room()
+
+
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     """As `reference.pack`; 16 bits are bfloat16, where group counts for nothing."""
     N, K = w_NK.shape
     group = K if bits == 16 else fitting_group(K, group)
     panels = -(-N // PANEL)
-    packed = torch.empty(panels * PANEL * K * bits // 8, dtype=torch.uint8)
+    packed = _room.take(panels * PANEL * K * bits // 8)
     scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)
     weight = PackedWeight(packed, scale, (N, K), group, bits)
     w_NK = w_NK.float().contiguous()

@@ -4,6 +4,10 @@
 
 #include "levels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace herd {
 
 #define LEVEL(level)                  \
@@ -67,6 +71,17 @@ API int32_t herd_use_level(const char* name) {
       return 1;
     }
   return 0;
+}
+
+// Ask for large pages in memory that was not touched yet. With small ones, finding them takes a good part of the time in
+// which weights are read.
+API void herd_large_pages(uint8_t* from, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 1 << 21, first = ((uintptr_t)from + page - 1) & -page, end = (uintptr_t)(from + bytes) & -page;
+  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)from, (void)bytes;
+#endif
 }
 
 API void herd_pack(const float* w, herd::Weight* to, int64_t threads) { herd::chosen()->pack(w, *to, threads); }

@@ -1,10 +1,6 @@
 // One linear layer: activations are laid out for the weight's kind, then multiplied (product.h). And the packing of weights.
 #include "product.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace herd {
 namespace {
 
@@ -63,19 +59,8 @@ void pack_output(const float* w, int64_t n, Weight& to, uint8_t* cells, float* s
   }
 }
 
-// Large pages: with small ones, finding them takes a good part of the time in which weights are read.
-void want_large_pages(uint8_t* from, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 1 << 21, first = ((uintptr_t)from + page - 1) & -page, end = (uintptr_t)(from + bytes) & -page;
-  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
-#else
-  (void)from, (void)bytes;
-#endif
-}
-
 void pack(const float* w, Weight& to, int64_t threads) {
   uint8_t* packed = (uint8_t*)to.packed;
-  want_large_pages(packed, panels(to.N) * PANEL * to.K * to.bits / 8);
   float* scale = (float*)to.scale;
 #pragma omp parallel for num_threads(threads)
   for (int64_t panel = 0; panel < panels(to.N); panel++) {

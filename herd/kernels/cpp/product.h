@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t ROWS = 12;         // of a tile: 24 sums and the weights fill the 32 registers of AVX-512
 constexpr int64_t BLOCK_ROWS = 192;  // of activations that stay in the second-level cache
 constexpr int FEW = 4;                // rows that wait for memory, not for arithmetic
-constexpr int64_t AHEAD = 2048;      // bytes: how far ahead weights are fetched where few rows share them
+constexpr int64_t AHEAD = 6144;      // bytes: how far ahead weights are fetched where few rows share them
 
 // M rows of K inputs as tiles multiply them: four bytes of each of the tile's rows, then the next four.
 struct Rows {
