@@ -108,9 +108,8 @@ def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None)
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
     `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of at most 256 inputs (64 in
-    4 bits) or that many, and `@bf16` does not; without, Cria is int8 and other models are as stored. Contexts are bound
-    to it. dtype: of weights that are not quantised; None: as stored. CheckpointError or ConfigError if there is no such
-    model or it cannot be loaded.
+    4 bits) or that many. Contexts are bound to it. dtype: of weights that are not quantised; None: as stored.
+    CheckpointError or ConfigError if there is no such model or it cannot be loaded.
     """
     folder, weights = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
@@ -130,22 +129,18 @@ class Found(NamedTuple):
     weights: Bits | None
 
 
-_WEIGHTS = re.compile(r"@(?:(?P<plain>bf16)|int(?P<bits>4|8)(?::(?P<group>\d+))?)$")
+_WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
 _GROUPS = {8: 256, 4: 64}
 
 
 def find_model(path_or_name: str | Path) -> Found:
     """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
-    name = str(path_or_name)
-    asked = None if Path(name).exists() else _WEIGHTS.search(name)
-    if asked is not None:
-        name = name[: asked.start()]
-    ours = name == "cria" and not Path(name).exists()
-    weights = Bits(8, _GROUPS[8]) if ours else None
-    if asked is not None:
-        bits = None if asked["plain"] else int(asked["bits"])
-        weights = None if bits is None else Bits(bits, int(asked["group"] or _GROUPS[bits]))
-    return Found(cria_path() if ours else Path(name), weights)
+    name, weights = str(path_or_name), None
+    asked = _WEIGHTS.search(name)
+    if asked is not None and not Path(name).exists():
+        name, bits = name[: asked.start()], int(asked[1])
+        weights = Bits(bits, int(asked[2] or _GROUPS[bits]))
+    return Found(cria_path() if name == "cria" and not Path(name).exists() else Path(name), weights)
 
 
 @dataclass(frozen=True)
