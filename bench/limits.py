@@ -5,22 +5,20 @@ Also what a model needs of both, as its config says.
 
 import torch
 
-from bench.scan import median_seconds
 from herd.config import TextConfig
+from herd.eval.limits import READ_BYTES, ROUNDS, median_seconds, read_bytes_per_s, weights_read
 
-READ_BYTES = 1 << 30  # far beyond all caches
 GEMM = 4096
 
 
-def measure(threads: int, rounds: int = 7, gemm: int = GEMM, read_bytes: int = READ_BYTES) -> dict[str, float]:
+def measure(threads: int, rounds: int = ROUNDS, gemm: int = GEMM, read_bytes: int = READ_BYTES) -> dict[str, float]:
     """Medians: bytes/s of a plain sum over memory, operations/s of products in bfloat16 and int8."""
     torch.set_num_threads(threads)
-    numbers = torch.ones(read_bytes // 8, dtype=torch.int64)
     half = torch.randn(gemm, gemm).bfloat16()
     whole = torch.randint(-127, 128, (gemm, gemm), dtype=torch.int8)
     operations = 2 * gemm**3
     return {
-        "read_bytes_per_s": read_bytes / median_seconds(numbers.sum, rounds),
+        "read_bytes_per_s": read_bytes_per_s(rounds, read_bytes),
         "bf16_ops_per_s": operations / median_seconds(lambda: half @ half, rounds),
         "int8_ops_per_s": operations / median_seconds(lambda: torch._int_mm(whole, whole), rounds),
     }
@@ -28,10 +26,9 @@ def measure(threads: int, rounds: int = 7, gemm: int = GEMM, read_bytes: int = R
 
 def decode_bytes(cfg: TextConfig, weight_bits: float, kv_bits: float, position: int) -> float:
     """Bytes that one token of one sequence must read: the weights it passes through, the keys and values it sees."""
-    weights = cfg.num_parameters(active=True) - cfg.vocab_size * cfg.hidden_size  # one row of the embeddings
     per_token = 2 * cfg.num_key_value_heads * cfg.head_dim
     seen = sum(_seen(cfg, layer, position) for layer in range(cfg.num_hidden_layers))
-    return (weights * weight_bits + seen * per_token * kv_bits) / 8
+    return (weights_read(cfg) * weight_bits + seen * per_token * kv_bits) / 8
 
 
 def prefill_operations(cfg: TextConfig, tokens: int) -> float:

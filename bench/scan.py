@@ -10,16 +10,14 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from herd import kernels
 from herd.context.segment import KV
+from herd.eval.limits import median_seconds
 
 HEADS, GROUP, DIM = 3, 3, 64
 PART = 8192
@@ -69,16 +67,6 @@ def random_part(tokens: int, kv: str) -> KV:
     limits = torch.iinfo(codes)
     k, v = (torch.randint(limits.min, limits.max + 1, shape, dtype=codes) for _ in range(2))
     return KV(k, v, torch.full((HEADS, tokens), step).half(), torch.full((HEADS, tokens), step).half())
-
-
-def median_seconds(call: Callable[[], Any], times: int = 7) -> float:
-    call()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 if __name__ == "__main__":
