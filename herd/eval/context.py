@@ -1,4 +1,5 @@
-"""What a context costs: reading speed, bytes on disk, memory, time to the first token, and to ask after an edit.
+"""What a context costs: reading speed, bytes on disk, memory, time to the first token, to ask after an edit, and for
+each token of an answer (`decode`).
 
 Every figure is taken in a process of its own, as a user would meet it; times count from the start of the process.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from herd.api import Model
 from herd.errors import HerdError
-from herd.eval import corpus, report
+from herd.eval import corpus, decode, report
 
 QUESTION = "What are the parameters of add_edge?"
 _EDIT = "HERD_EVALUATION_MARK = 20251\n"
@@ -49,6 +50,8 @@ def context(
     progress("asking from a new process")
     _child("ask", model, store, question=QUESTION, max_tokens=1)
     second = _child("ask", model, store, question=QUESTION)
+    progress("timing the tokens of an answer")
+    going_on = _child("decode", model, store, question=QUESTION, max_tokens=decode.TOKENS)
     typical = sorted(files, key=lambda file: len(file.text))[len(files) // 2]
     (sources / typical.name).write_text(edit(typical.text), encoding="utf-8")
     progress("asking after an edit")
@@ -63,6 +66,8 @@ def context(
         "bytes_per_token": round(size / read["tokens"], 1),
         "peak_memory_gb": {"read": read["peak_gb"], "ask": second["peak_gb"], "edit_and_ask": after["peak_gb"]},
         "second_ask_first_token_s": second["wall_first_s"],
+        **{key: value for key, value in going_on.items() if key.startswith(("decode_", "memory_"))},
+        "missed_mass": round(max(asked["missed_mass"] for asked in (second, going_on, after)), 6),
         "edit_and_ask_first_token_s": after["wall_first_s"],
         "edit_and_ask_s": after["wall_s"],
         "edited_file_characters": len(typical.text),

@@ -8,8 +8,10 @@ import pytest
 
 import herd
 from herd import eval as evaluation
+from herd.context.scan import MISSED
+from herd.context.store import Store
 from herd.errors import ConfigError, HerdError
-from herd.eval import asking, baselines, context, lookup, perplexity
+from herd.eval import asking, baselines, context, decode, lookup, perplexity
 
 PACKAGES = ("asyncio", "http")
 
@@ -82,8 +84,24 @@ def test_cost_of_a_context(model: herd.Model, tmp_path: Path) -> None:
     assert one["context_tokens"] >= 4096 and one["bytes_per_token"] > 0 and one["read_tokens_per_s"] > 0
     assert 0 < one["edit_read_tokens"] <= 4096
     assert one["peak_memory_gb"]["ask"] > 0 and one["second_ask_first_token_s"] > 0
+    assert one["decode_tokens"] == 64 and one["decode_tokens_per_s"] > 0 and one["decode_read_share"] >= 0
+    assert 0 <= one["missed_mass"] <= MISSED
     with pytest.raises(HerdError, match="remove"):
         evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)
+
+
+def test_decoding_reads_keys_and_weights_and_ends_nowhere_early(
+    model: herd.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("Ada keeps the north gate.\n" * 200)
+    herd.Context.open(tmp_path / "ctx", model).read([tmp_path / "a.txt"])
+    monkeypatch.setattr(decode.limits, "read_bytes_per_s", lambda: 1e9)
+    monkeypatch.setattr(model.tokenizer, "eos_ids", list(range(0, 259, 2)))  # half of all tokens would end it
+    result = decode.decode(model, tmp_path / "ctx", "Who keeps the gate?", 80)
+    assert result["decode_tokens"] == 80 and 0 <= result["missed_mass"] <= MISSED
+    cfg, store = model.config, Store.open(tmp_path / "ctx")
+    keys = store.tokens * cfg.num_key_value_heads * (cfg.head_dim + 2)  # a byte for a number, two for a scale
+    assert decode.read_bytes(model, store) == keys + 4 * cfg.num_parameters(active=True)
 
 
 def test_the_edit_is_one_more_line() -> None:
