@@ -40,7 +40,7 @@ def context(
     store = folder / f"context-{kv}"
     if store.exists():
         raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
-    ordered = corpus.shuffled(corpus.package_files(packages), seed)
+    ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
     files, _ = corpus.fill(ordered, tokens, model.tokenizer, corpus.chunk_size(model))
     sources = corpus.write(files, folder / "sources")
     roots = sorted(str(path) for path in sources.iterdir())
@@ -60,6 +60,7 @@ def context(
         "eval": "context",
         "length": tokens,
         "kv": kv,
+        "packages": [*packages, *corpus.filler_in(files)],
         "context_tokens": read["tokens"],
         "read_s": read["read_s"],
         "read_tokens_per_s": round(read["read_tokens"] / read["read_s"]),

@@ -1,11 +1,15 @@
-"""Held-out text for evaluation: whole Python packages that training never reads, cut to a number of tokens."""
+"""Text for evaluation: whole Python packages that training never reads, cut to a number of tokens.
+
+They hold some 6 million tokens. A longer context goes on with a package that every installation has and that training
+may have read: it is only looked through, nothing in it is asked about.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +21,7 @@ from herd.errors import ConfigError, SourceError
 from herd.prompt import Tokenizer
 
 HELD_OUT = ("networkx", "sympy", "asyncio", "http", "email")  # training recipes must not read these packages
+FILLER = ("torch",)
 _LEFT_OUT = {"tests", "testing", "benchmarks", "test-examples", "_antlr"}  # tests and generated code
 Progress = Callable[[str], None]
 
@@ -52,6 +57,22 @@ def package_files(packages: Sequence[str]) -> list[File]:
     return [file for file in files if file.text.strip()]
 
 
+def with_filler(files: Sequence[File], seed: int) -> Iterator[File]:
+    """These files, and behind them those of FILLER in a random order, none of the same text as one before it."""
+    yield from files
+    seen = {file.text for file in files}
+    for file in shuffled(package_files(FILLER), seed):
+        if file.text not in seen:
+            seen.add(file.text)
+            yield file
+
+
+def filler_in(files: Iterable[File]) -> list[str]:
+    """The packages of FILLER that these files are of."""
+    packages = {file.name.split("/")[0] for file in files}
+    return [package for package in FILLER if package in packages]
+
+
 def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -> tuple[list[File], int]:
     """The first files that together make `tokens` tokens of chunks (the last one is cut at a chunk), and how many.
 
@@ -72,7 +93,7 @@ def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -
             chosen.append(file if len(kept) == len(chunks) else File(file.name, "".join(lines[: kept[-1].last_line])))
         if have >= tokens:
             return chosen, have
-    raise SourceError(f"the held-out packages hold {have:,} tokens; {tokens:,} were asked for: name a shorter length")
+    raise SourceError(f"the packages here hold {have:,} tokens; {tokens:,} were asked for: name a shorter length")
 
 
 def lines_of(text: str) -> list[str]:

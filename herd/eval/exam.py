@@ -1,7 +1,8 @@
 """What `lookup` asks: files of held-out packages that fill a length, and questions that they answer, or do not.
 
 A name counts only if it is defined exactly once in all text of the context. Four families, the same number of each.
-Constants are rare in these packages, so files with many of them come first and fill up to a fifth of the length.
+Constants are rare in these packages, so files with many of them come first and fill up to a fifth of the length. If
+the packages are too short, `corpus.FILLER` goes on: its names count, but nothing in it is asked about.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from herd.api import Model
@@ -21,6 +22,7 @@ from herd.eval import corpus
 
 _PIECE = 1600  # characters; the generators of questions are made for chunks, not for whole files
 _CHARACTERS = 3  # of a token of code
+_OUTSIDE = 100  # files that no context holds, however long it is, to ask about what it does not answer
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,22 @@ class Exam:
 
 
 def prepare(model: Model, packages: Sequence[str], tokens: int, questions: int, absent: int, seed: int) -> Exam:
-    """Choose files, cut them as the context does, and draw the questions. SourceError if there are too few."""
+    """Choose files, cut them as the context does, and draw the questions. SourceError if there are too few.
+
+    Chunks come without their token ids, of which there may be ten million.
+    """
     rng = Random(seed)
     chunk_size = corpus.chunk_size(model)
     everything = corpus.package_files(packages)
     ordered = _constants_first(everything, tokens, seed)
-    files, _ = corpus.fill(ordered, tokens, model.tokenizer, chunk_size)
-    chunks = [(file.name, chunk) for file in files for chunk in cut(file.name, file.text, model.tokenizer, chunk_size)]
-    items = _draw(files, chunks, questions, rng)
+    inside = ordered[: len(ordered) - min(_OUTSIDE, len(ordered) // 10)]
+    files, _ = corpus.fill(corpus.with_filler(inside, seed), tokens, model.tokenizer, chunk_size)
+    chunks = [
+        (file.name, replace(chunk, ids=[]))
+        for file in files
+        for chunk in cut(file.name, file.text, model.tokenizer, chunk_size)
+    ]
+    items = _draw(files, chunks, questions, {file.name for file in everything}, rng)
     return Exam(files, chunks, items, absent_questions(everything, files, absent, rng))
 
 
@@ -82,12 +92,17 @@ def _asked(file: corpus.File, rng: Random, split: str) -> Iterator[Question]:
         yield from code.questions(f"# {file.name}:1\n{file.text[start : start + _PIECE]}", rng, split)
 
 
-def _draw(files: Sequence[corpus.File], chunks: Sequence[tuple[str, Chunk]], questions: int, rng: Random) -> list[Item]:
+def _draw(
+    files: Sequence[corpus.File], chunks: Sequence[tuple[str, Chunk]], questions: int, asked: set[str], rng: Random
+) -> list[Item]:
+    """Questions about the sources in `asked`, on names that no other file defines either."""
     defined: Counter[str] = Counter()
     for file in files:
         defined.update(code.definitions(file.text))
     pools: dict[str, list[Item]] = {family: [] for family in code.FAMILIES}
     for index, (source, chunk) in enumerate(chunks):
+        if source not in asked:
+            continue
         for question in code.questions(chunk.text, rng, "held_out"):
             if defined[question.key] == 1 and question.value not in ("()", "(self)", "(cls)"):
                 pools[question.family].append(Item(question, source, index, evidence_lines(chunk, question)))
@@ -120,8 +135,7 @@ def absent_questions(
 
     None of the names occurs anywhere in the context.
     """
-    text = "\n".join(file.text for file in files)
-    inside = set(re.findall(r"\w+", text))
+    inside = {found.group() for file in files for found in re.finditer(r"\w+", file.text)}
     outside = _questions_elsewhere(everything, {file.name for file in files}, inside, rng)
     real = rng.sample(outside, min(count * 2 // 5, len(outside)))
     unknown: Callable[[str], bool] = inside.__contains__

@@ -49,6 +49,7 @@ def lookup(
         "length": tokens,
         **reading,
         "packages": list(packages),
+        "filler": corpus.filler_in(exam.files),
         "answers": "quotes" if quote else "free",
         "questions": len(exam.items),
         "answer_s": round(seconds, 1),

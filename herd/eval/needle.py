@@ -51,7 +51,8 @@ def needle(
     rng = Random(seed)
     tokens, chunk = corpus.tokens_of(length), corpus.chunk_size(model)
     needles_wanted = draw(trials, kinds, rng)
-    files, _ = corpus.fill(corpus.shuffled(corpus.package_files(packages), seed), tokens, model.tokenizer, chunk)
+    ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
+    files, _ = corpus.fill(ordered, tokens, model.tokenizer, chunk)
     files, needles = hide(files, needles_wanted)
     folder = workdir / f"needle-{tokens}-{seed}"
     context, reading = read_corpus(model, files, folder, progress, kv)
@@ -62,7 +63,7 @@ def needle(
         "eval": "needle",
         "length": tokens,
         **reading,
-        "filler": list(packages),
+        "filler": [*packages, *corpus.filler_in(files)],
         "answers": "quotes" if quote else "free",
         "trials": trials,
         "answer_s": round(seconds, 1),

@@ -74,6 +74,48 @@ def test_fill_gives_the_length_or_says_why_not() -> None:
         corpus.fill(files, 10**9, MODEL.tokenizer, 512)
 
 
+def test_longer_texts_go_on_with_other_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = [corpus.File(f"p/{i}.py", f"x = {i}\n" * 600) for i in range(5)]
+    more = [corpus.File(f"torch/{i}.py", f"x = {i}\n" * 600) for i in (3, 7, 8, 7)]
+    monkeypatch.setattr(corpus, "package_files", lambda packages: more if packages == corpus.FILLER else [])
+    files, _ = corpus.fill(corpus.with_filler(held_out, 0), 8000, MODEL.tokenizer, 512)
+    assert files[:5] == held_out and {file.name for file in files[5:]} == {"torch/7.py", "torch/8.py"}
+    assert corpus.filler_in(files) == ["torch"] and corpus.filler_in(held_out) == []
+    with pytest.raises(SourceError, match="shorter"):
+        corpus.fill(corpus.with_filler(held_out, 0), 10_000, MODEL.tokenizer, 512)
+
+
+@pytest.mark.parametrize("length", ["128K", "1M"])
+def test_lengths_that_the_held_out_packages_fill_are_as_if_there_were_no_filler(length: str) -> None:
+    tokens, ordered = corpus.tokens_of(length), corpus.shuffled(corpus.package_files(corpus.HELD_OUT), 0)
+    without = corpus.fill(ordered, tokens, MODEL.tokenizer, 512)
+    assert corpus.fill(corpus.with_filler(ordered, 0), tokens, MODEL.tokenizer, 512) == without
+    assert corpus.filler_in(without[0]) == []
+
+
+def test_so_are_the_files_of_an_exam() -> None:
+    packages, tokens = ("networkx", "asyncio", "http", "email"), 131_072
+    ordered = exam_._constants_first(corpus.package_files(packages), tokens, 0)
+    without, _ = corpus.fill(ordered, tokens, MODEL.tokenizer, 512)
+    assert exam_.prepare(MODEL, packages, tokens, 40, 20, 0).files == without
+
+
+def test_nothing_in_filler_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, more = ("asyncio", "http", "email"), ("networkx",)
+    monkeypatch.setattr(corpus, "FILLER", more)
+    asked = exam_.prepare(MODEL, packages, 700_000, 40, 20, 0)
+    assert corpus.filler_in(asked.files) == ["networkx"]
+    assert {item.source.split("/")[0] for item in asked.items} <= set(packages)
+    text = "\n".join(file.text for file in asked.files)
+    defined = code.definitions(text)
+    assert all(defined[item.question.key] == 1 for item in asked.items)
+    # Some files of the packages stay outside, so that real names can be asked for that are not there.
+    inside = {file.name for file in asked.files}
+    outside = "\n".join(file.text for file in corpus.package_files(packages) if file.name not in inside)
+    assert sum(code.definitions(outside)[question.key] > 0 for question in asked.absent) == 8
+    assert not any(question.key in text for question in asked.absent)
+
+
 def test_write_leaves_nothing_else(tmp_path: Path) -> None:
     corpus.write([corpus.File("a/b.py", "1\n"), corpus.File("c.py", "2\n")], tmp_path / "s")
     before = (tmp_path / "s/c.py").stat().st_mtime_ns
