@@ -22,6 +22,7 @@ from herd.prompt import Tokenizer
 
 HELD_OUT = ("networkx", "sympy", "asyncio", "http", "email")  # training recipes must not read these packages
 FILLER = ("torch",)
+ROOM = 512  # positions for a question and its answer
 _LEFT_OUT = {"tests", "testing", "benchmarks", "test-examples", "_antlr"}  # tests and generated code
 Progress = Callable[[str], None]
 
@@ -40,6 +41,21 @@ def tokens_of(length: str | int) -> int:
     if not found or int(found.group(1)) < 1:
         raise ConfigError(f"{length!r} is no length; write tokens like 131072, 128K or 1M")
     return int(found.group(1)) * {"": 1, "K": 1024, "M": 1024**2}[found.group(2)]
+
+
+def check_room(model: Model, length: str | int, added: int = 0) -> None:
+    """ConfigError if a model may not have positions for a context of this length, a question and its answer.
+
+    added: tokens that come into the text besides.
+    """
+    positions, tokens = model.config.max_position_embeddings, tokens_of(length)
+    # The text ends with a whole chunk, and the question begins behind another.
+    most = positions - 2 * chunk_size(model) - added - ROOM
+    if tokens > most:
+        raise ConfigError(
+            f"--length {length} is {tokens:,} tokens; of this model's {positions:,} positions, question and answer "
+            f"leave {max(most, 0):,} for a context: name a shorter length"
+        )
 
 
 def package_files(packages: Sequence[str]) -> list[File]:

@@ -18,6 +18,7 @@ from herd.eval import corpus, report, score
 from herd.eval.asking import ask_all, cites, read_corpus
 
 KINDS = ("word", "integer", "uuid")
+MOST_TOKENS = 128  # that a needle adds to a text: its line, and now and then the header of one more chunk
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from herd.errors import ConfigError
 from herd.eval import baselines, context, corpus, lookup, needle, perplexity, report
 
 NAMES = ("needle", "lookup", "perplexity", "context")
-_TRIALS = {"needle": 100, "lookup": 200, "perplexity": 100, "context": 1}
+_TRIALS = {"needle": 100, "lookup": 200, "perplexity": 100}
+_BASE = ("lookup", "perplexity")  # evaluations that also measure the unchanged base model
 
 
 def run(
@@ -34,6 +35,32 @@ def run(
     with_base: also measure the unchanged base model (slow for lookup). ConfigError for an unknown name, no length, or
     what the evaluation ignores.
     """
+    count = _TRIALS.get(name, 1) if trials is None else trials
+    _check(name, model, lengths, trials, count, kv, quote, with_base)
+    needs_base = with_base and name in _BASE
+    base = baselines.base_model(workdir, progress) if needs_base else None
+    results = [
+        _one(name, model, length, count, workdir, progress, seed, kv or "int8", quote, base)
+        for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
+    ]
+    command = _command(name, model, lengths, count, seed, kv or "int8", quote, with_base)
+    result = {**report.about(command, Path(model.name).name, model.fingerprint, seed), "results": results}
+    if out is not None:
+        report.write_json(result, out)
+    return result
+
+
+def _check(
+    name: str,
+    model: Model,
+    lengths: Sequence[str | int],
+    trials: int | None,
+    count: int,
+    kv: str | None,
+    quote: bool,
+    with_base: bool,
+) -> None:
+    """ConfigError for what cannot be measured, before anything is read."""
     if name not in NAMES:
         raise ConfigError(f"no evaluation is called {name!r}; choose one of {', '.join(NAMES)}")
     if not lengths and name != "perplexity":
@@ -42,25 +69,38 @@ def run(
         raise ConfigError("perplexity is measured without a context; leave --length and --kv out")
     if not quote and name not in ("needle", "lookup"):
         raise ConfigError(f"evaluation {name} judges no answers; leave --free out")
-    kv = kv or "int8"
-    count = _TRIALS[name] if trials is None else trials
+    if trials is not None and name not in _TRIALS:
+        raise ConfigError(f"evaluation {name} always asks the same; leave --trials out")
+    if not with_base and name not in _BASE:
+        raise ConfigError(f"evaluation {name} measures no base model; leave --no-base out")
     if count < 1:
         raise ConfigError(f"trials is {count}; it must be at least 1")
-    needs_base = with_base and name in ("lookup", "perplexity")
-    base = baselines.base_model(workdir, progress) if needs_base else None
-    results = [
-        _one(name, model, length, count, workdir, progress, seed, kv, quote, base)
-        for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
-    ]
-    shown = "" if name == "perplexity" else f" --length {','.join(str(length) for length in lengths)}"
-    compared = "" if with_base or name not in ("lookup", "perplexity") else " --no-base"
-    kept = "" if kv == "int8" else f" --kv {kv}"
-    free = "" if quote else " --free"
-    command = f"herd eval {name}{shown} --trials {count} --seed {seed}{kept}{free}{compared}"
-    result = {**report.about(command, Path(model.name).name, model.fingerprint, seed), "results": results}
-    if out is not None:
-        report.write_json(result, out)
-    return result
+    for length in lengths:
+        corpus.check_room(model, length, count * needle.MOST_TOKENS if name == "needle" else 0)
+
+
+def _command(
+    name: str,
+    model: Model,
+    lengths: Sequence[str | int],
+    count: int,
+    seed: int,
+    kv: str,
+    quote: bool,
+    with_base: bool,
+) -> str:
+    """The command that measures this again; a model's folder without where it is."""
+    parts = [f"herd eval {name}"]
+    if name != "perplexity":
+        parts.append(f"--length {','.join(str(length) for length in lengths)}")
+    if name in _TRIALS:
+        parts.append(f"--trials {count}")
+    parts.append(f"--seed {seed}")
+    parts += [f"--kv {kv}"] * (kv != "int8")
+    parts += ["--free"] * (not quote)
+    parts += ["--no-base"] * (not with_base)
+    parts += [f"--model {Path(model.name).name}"] * (model.name != "cria")
+    return " ".join(parts)
 
 
 def _one(

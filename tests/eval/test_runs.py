@@ -11,7 +11,7 @@ from herd import eval as evaluation
 from herd.context.scan import MISSED
 from herd.context.store import Store
 from herd.errors import ConfigError, HerdError
-from herd.eval import asking, baselines, context, decode, lookup, perplexity
+from herd.eval import asking, baselines, context, corpus, decode, lookup, needle, perplexity
 
 PACKAGES = ("asyncio", "http")
 
@@ -40,7 +40,7 @@ def test_needle_writes_what_it_found(model: herd.Model, tmp_path: Path) -> None:
         "needle", model, lengths=["4K", 2048], trials=4, out=out, workdir=tmp_path, progress=notes.append, seed=3
     )
     assert json.loads(out.read_text()) == result
-    assert result["command"] == "herd eval needle --length 4K,2048 --trials 4 --seed 3"
+    assert result["command"] == "herd eval needle --length 4K,2048 --trials 4 --seed 3 --model long"
     assert [one["length"] for one in result["results"]] == [4096, 2048]
     for one, summary in zip(result["results"], evaluation.summary(result), strict=True):
         assert one["context_tokens"] >= one["length"] and len(one["trial_rows"]) == 4
@@ -56,8 +56,8 @@ def test_contexts_in_four_bits_are_kept_apart(model: herd.Model, tmp_path: Path)
             "needle", model, lengths=[2048], trials=2, workdir=tmp_path, progress=lambda note: None, kv=kv
         )
         read[result["command"]] = [(one["kv"], one["read_tokens"] > 0) for one in result["results"]]
-    command = "herd eval needle --length 2048 --trials 2 --seed 0"
-    assert read == {command: [("int8", True)], f"{command} --kv int4": [("int4", True)]}
+    command, model_ = "herd eval needle --length 2048 --trials 2 --seed 0", "--model long"
+    assert read == {f"{command} {model_}": [("int8", True)], f"{command} --kv int4 {model_}": [("int4", True)]}
 
 
 def test_lookup_measures_model_absent_and_baselines(model: herd.Model, tmp_path: Path) -> None:
@@ -123,6 +123,30 @@ def test_free_answers_only_where_answers_are_judged(
 ) -> None:
     with pytest.raises(ConfigError, match="leave --free out"):
         evaluation.run(name, model, lengths=lengths, trials=1, workdir=tmp_path, quote=False)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "option"),
+    [({"trials": 1}, "--trials"), ({"with_base": False}, "--no-base"), ({"quote": False}, "--free")],
+)
+def test_a_context_refuses_what_it_would_ignore(
+    ignored: dict[str, object], option: str, model: herd.Model, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"leave {option} out"):
+        evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, **ignored)
+
+
+@pytest.mark.parametrize(("name", "most"), [("needle", 1_045_760), ("lookup", 1_046_016), ("context", 1_046_016)])
+def test_a_length_without_room_for_a_question_is_refused_before_anything_is_read(
+    name: str, most: int, model: herd.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = {"trials": 2} if name == "needle" else {}
+    for reads in ("package_files", "fill"):
+        monkeypatch.setattr(corpus, reads, lambda *_: pytest.fail("something was read"))
+    for lengths in (["1M"], ["4K", most + 1]):
+        with pytest.raises(ConfigError, match=f"1,048,576 positions, .* leave {most:,} for a context"):
+            evaluation.run(name, model, lengths=lengths, workdir=tmp_path, **trials)
+    corpus.check_room(model, most, 2 * needle.MOST_TOKENS if name == "needle" else 0)
 
 
 @pytest.mark.parametrize(
