@@ -36,12 +36,12 @@ def context(
 ) -> report.Result:
     """Read `length` tokens into a new context, ask twice, edit a file of median size in its middle and ask again."""
     tokens = corpus.tokens_of(length)
-    folder = workdir / f"context-{tokens}-{seed}"
+    ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
+    files, _ = corpus.fill(ordered, tokens, model.tokenizer, corpus.chunk_size(model))
+    folder = corpus.place(workdir, "context", files, tokens, seed)
     store = folder / f"context-{kv}"
     if store.exists():
         raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
-    ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
-    files, _ = corpus.fill(ordered, tokens, model.tokenizer, corpus.chunk_size(model))
     sources = corpus.write(files, folder / "sources")
     roots = sorted(str(path) for path in sources.iterdir())
     progress(f"reading {len(files):,} files")

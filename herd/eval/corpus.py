@@ -89,6 +89,14 @@ def filler_in(files: Iterable[File]) -> list[str]:
     return [package for package in FILLER if package in packages]
 
 
+def place(workdir: Path, name: str, files: Iterable[File], tokens: int, seed: int) -> Path:
+    """The folder for an evaluation's sources and context.
+
+    Texts that go on with FILLER are all but the same whatever is evaluated, and take long to read: they share one.
+    """
+    return workdir / f"{'filled' if filler_in(files) else name}-{tokens}-{seed}"
+
+
 def fill(files: Iterable[File], tokens: int, tokenizer: Tokenizer, chunk: int) -> tuple[list[File], int]:
     """The first files that together make `tokens` tokens of chunks (the last one is cut at a chunk), and how many.
 

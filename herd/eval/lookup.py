@@ -39,7 +39,8 @@ def lookup(
     """
     tokens = corpus.tokens_of(length)
     exam = prepare(model, packages, tokens, questions, absent, seed)
-    context, reading = read_corpus(model, exam.files, workdir / f"lookup-{tokens}-{seed}", progress, kv)
+    folder = corpus.place(workdir, "lookup", exam.files, tokens, seed)
+    context, reading = read_corpus(model, exam.files, folder, progress, kv)
     start = time.perf_counter()
     answers = ask_all(context, [item.question.question for item in exam.items], progress, quote=quote)
     refusals = ask_all(context, [question.question for question in exam.absent], progress, quote=quote)

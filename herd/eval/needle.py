@@ -55,7 +55,7 @@ def needle(
     ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
     files, _ = corpus.fill(ordered, tokens, model.tokenizer, chunk)
     files, needles = hide(files, needles_wanted)
-    folder = workdir / f"needle-{tokens}-{seed}"
+    folder = corpus.place(workdir, "needle", files, tokens, seed)
     context, reading = read_corpus(model, files, folder, progress, kv)
     start = time.perf_counter()
     answers = ask_all(context, [needle.question.question for needle in needles], progress, quote=quote)

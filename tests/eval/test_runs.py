@@ -149,6 +149,21 @@ def test_a_length_without_room_for_a_question_is_refused_before_anything_is_read
     corpus.check_room(model, most, 2 * needle.MOST_TOKENS if name == "needle" else 0)
 
 
+def test_contexts_that_go_on_with_filler_are_read_once(
+    model: herd.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, tokens = ("json",), 60_000
+    monkeypatch.setattr(corpus, "FILLER", ("concurrent",))
+    quiet = {"workdir": tmp_path, "progress": lambda note: None}
+    needles = needle.needle(model, tokens, 4, packages=packages, **quiet)
+    assert needles["filler"] == ["json", "concurrent"] and needles["read_tokens"] == needles["context_tokens"]
+    asked = lookup.lookup(model, packages, tokens, 0, absent=2, **quiet)
+    assert asked["filler"] == ["concurrent"] and tokens <= asked["context_tokens"] < tokens + 1024
+    assert asked["read_tokens"] < asked["context_tokens"]
+    with pytest.raises(HerdError, match="remove"):
+        context.context(model, tokens, packages=packages, **quiet)
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "trials"), [("nothing", ["8K"], 1), ("needle", [], 1), ("needle", ["8K"], 0)]
 )
