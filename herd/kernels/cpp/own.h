@@ -67,7 +67,7 @@ void attend_queries(const Memory& memory, const Query* queries, float scale) {
   for (int r = 0; r < R; r++) {
     softmax[r] = {LOWEST, 0};
     for (int64_t i = 0; i < d; i++) q[(i / 2 * R + r) * 2 + i % 2] = narrow(queries[r].q[i] * scale);
-    std::memset(queries[r].out, 0, d * 4);
+    for (int64_t i = 0; i < d; i++) queries[r].out[i] = 0;
   }
   for (int64_t from = 0; from < seen; from += SPAN) {
     const int64_t span = least(SPAN, whole(seen - from));
@@ -91,12 +91,15 @@ void attend_queries(const Memory& memory, const Query* queries, float scale) {
 
 using AttendQueries = void (*)(const Memory&, const Query*, float);
 
+template <size_t... I>
+AttendQueries attend_of(int64_t count, std::index_sequence<I...>) {
+  static constexpr AttendQueries table[] = {attend_queries<I + 1>...};
+  return table[count - 1];
+}
+
 // At most ROWS queries.
 inline void attend_own(const Memory& memory, const Query* queries, int64_t count, float scale) {
-  static constexpr AttendQueries table[ROWS] = {
-      attend_queries<1>, attend_queries<2>, attend_queries<3>, attend_queries<4>,  attend_queries<5>,  attend_queries<6>,
-      attend_queries<7>, attend_queries<8>, attend_queries<9>, attend_queries<10>, attend_queries<11>, attend_queries<12>};
-  table[count - 1](memory, queries, scale);
+  attend_of(count, std::make_index_sequence<ROWS>())(memory, queries, scale);
 }
 
 }  // namespace

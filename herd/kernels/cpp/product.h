@@ -6,6 +6,7 @@
 // row's inputs is where a sum begins, with the other sign. Rows are quantised to int8 in the groups of the weight.
 #pragma once
 #include <cmath>
+#include <utility>
 
 #include "buffer.h"
 #include "levels.h"
@@ -16,7 +17,12 @@
 namespace herd {
 namespace {
 
-constexpr int64_t ROWS = 12;         // of a tile: 24 sums and the weights fill the 32 registers of AVX-512
+// Rows of a tile. 24 sums and the weights fill the 32 registers of AVX-512; sums of other levels take two to four registers.
+#if defined(__AVX512VNNI__)
+constexpr int64_t ROWS = 12;
+#else
+constexpr int64_t ROWS = 4;
+#endif
 constexpr int64_t BLOCK_ROWS = 192;  // of activations that stay in the second-level cache
 constexpr int FEW = 4;                // rows that wait for memory, not for arithmetic
 constexpr int64_t AHEAD = 6144;      // bytes: how far ahead weights are fetched where few rows share them
@@ -191,20 +197,13 @@ void half_tile(const Weight& w, const Rows& rows, int64_t first, int64_t panel, 
 
 using Tile = void (*)(const Weight&, const Rows&, int64_t, int64_t, float*);
 
-template <int R>
-constexpr Tile tile_of_bits(int32_t bits) {
-  return bits == 8 ? whole_tile<R, 8> : bits == 4 ? whole_tile<R, 4> : half_tile<R>;
-}
-
-#define HERD_TILES(bits)                                                                                       \
-  {tile_of_bits<1>(bits), tile_of_bits<2>(bits), tile_of_bits<3>(bits), tile_of_bits<4>(bits),                 \
-   tile_of_bits<5>(bits), tile_of_bits<6>(bits), tile_of_bits<7>(bits), tile_of_bits<8>(bits),                 \
-   tile_of_bits<9>(bits), tile_of_bits<10>(bits), tile_of_bits<11>(bits), tile_of_bits<12>(bits)}
-
-inline Tile tile_of(int64_t rows, int32_t bits) {
-  static constexpr Tile table[][ROWS] = {HERD_TILES(4), HERD_TILES(8), HERD_TILES(16)};
+template <size_t... I>
+Tile tile_of(int64_t rows, int32_t bits, std::index_sequence<I...>) {
+  static constexpr Tile table[][ROWS] = {{whole_tile<I + 1, 4>...}, {whole_tile<I + 1, 8>...}, {half_tile<I + 1>...}};
   return table[bits == 4 ? 0 : bits == 8 ? 1 : 2][rows - 1];
 }
+
+inline Tile tile_of(int64_t rows, int32_t bits) { return tile_of(rows, bits, std::make_index_sequence<ROWS>()); }
 
 // `count` rows from `first` on, which stand together, times a weight.
 struct Product {
