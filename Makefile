@@ -9,12 +9,13 @@ DONE := .venv/done
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 LLAMA_MODELS := 0.3.0
 
-.PHONY: help demo test lint eval bench sanitize setup cria clean
+.PHONY: help demo test lint eval eval-10M bench sanitize setup cria clean
 
 help:
 	@echo 'make demo   set up, build Cria, read a part of the Python standard library and ask three questions'
 	@echo 'make test   set up and run all checks: lint, types, import order, size caps, tests'
 	@echo 'make eval   measure everything the README states, write eval/*.json and fill in the README (hours)'
+	@echo 'make eval-10M  the same over ten million tokens (hours, 8 GB of disk)'
 	@echo 'make bench  measure speed beside peers and physical limits, write bench/results (hours, on a quiet machine)'
 	@echo 'make sanitize  run the tests of the native library with the address and undefined-behaviour sanitizers'
 	@echo 'make cria   set up and build the model, in the cache folder (HERD_HOME)'
@@ -38,6 +39,13 @@ eval: $(DONE)/dev cria
 	$(BIN)/herd eval lookup --length 128K --trials 100 --out eval/lookup-rag.json
 	$(BIN)/herd eval context --length 1M --out eval/context.json
 	$(BIN)/herd eval perplexity --out eval/perplexity.json
+	$(BIN)/python tools/readme.py
+
+# One context for all three: the first reads it.
+eval-10M: $(DONE)/dev cria
+	$(BIN)/herd eval context --length 10000000 --out eval/context-10M.json
+	$(BIN)/herd eval needle --length 10000000 --out eval/needle-10M.json
+	$(BIN)/herd eval lookup --length 10000000 --no-base --out eval/lookup-10M.json
 	$(BIN)/python tools/readme.py
 
 # The environments of the peers, models and unfinished runs are in build/bench: some 20 GB.
