@@ -6,7 +6,7 @@ Shape suffixes: T tokens, V vocabulary.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from herd.model.packed import Bits
 from herd.model.quantized import pack_halves, quantize
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
+from herd.prompt.quotes import Worth
 
 OnText = Callable[[str], None]
 
@@ -255,23 +256,102 @@ class Context:
         prompts = [ask_prompt(tokenizer, question) for question in questions]
         room = max(map(len, prompts), default=0) + max_tokens
         cache = ContextCache(stores, model.config, model.transformer.memory_dtype, room)
-        engine = Engine(model.transformer, cache=cache, rows=max(len(questions), 1))
         quote = quote and tokenizer.byte_level
-        for question, prompt in zip(questions, prompts, strict=True):
-            guide = Quoting(question, tokenizer) if quote else None
-            engine.submit(Request(prompt, max_tokens, eos_ids=tokenizer.eos_ids, guide=guide))
-        rows = [engine.row(request) for request in range(len(questions))]
-        text, ids = tokenizer.stream(), [list[int]() for _ in questions]
-        for token in stream(engine):
-            if token.id not in tokenizer.eos_ids:
-                ids[token.request].append(token.id)
-                if on_text is not None:
-                    on_text(text.push(token.id))
-        if on_text is not None:
-            on_text(text.finish())
-        return [self._answer(its, row, quote) for its, row in zip(ids, rows, strict=True)]
+        guides = [Quoting(question, tokenizer) if quote else None for question in questions]
+        tries = [_Try(prompt, guide) for prompt, guide in zip(prompts, guides, strict=True)]
+        said = _Said(tokenizer, on_text)
+        self._run(tries, cache, max_tokens, said)
+        # A second try counts only if it is sure, so nothing of it is told before its end.
+        doubted = {i: again for i, one in enumerate(tries) if (again := one.again()) is not None}
+        self._run(list(doubted.values()), cache, max_tokens)
+        tries = [doubted[i] if i in doubted and doubted[i].sure else one for i, one in enumerate(tries)]
+        said.finish(tries)
+        return [self._answer(one, quote) for one in tries]
 
-    def _answer(self, ids: list[int], row: KVRow, quoted: bool) -> Answer:
-        assert isinstance(row, ContextRow)
+    def _run(self, tries: "list[_Try]", cache: ContextCache, max_tokens: int, said: "_Said | None" = None) -> None:
+        """Go on with all of them to their ends; said: tells at once what stays as it is."""
+        model, ends = self._model, self._model.tokenizer.eos_ids
+        engine = Engine(model.transformer, cache=cache, rows=max(len(tries), 1))
+        for one in tries:
+            guide = None if one.guide is None else one.guided
+            engine.submit(Request([*one.prompt, *one.ids], max_tokens - len(one.ids), eos_ids=ends, guide=guide))
+        for request, one in enumerate(tries):
+            one.row = engine.row(request)
+        for token in stream(engine):
+            if token.id not in ends:
+                tries[token.request].take(token.id)
+                if said is not None:
+                    said.say(tries[token.request])
+
+    def _answer(self, one: "_Try", quoted: bool) -> Answer:
+        assert isinstance(one.row, ContextRow)
         tokenizer = self._model.tokenizer
-        return Answer(tokenizer.decode(ids), tuple(cite(row, tokenizer)), tuple(ids), row.missed, quoted)
+        citations = tuple(cite(one.row, tokenizer))
+        return Answer(tokenizer.decode(one.ids), citations, tuple(one.ids), max(one.missed, one.row.missed), quoted)
+
+
+@dataclass(eq=False)
+class _Try:
+    """A question on its way to an answer.
+
+    ids: of the answer so far, of which `begun` were there from the beginning and `kept` may become a quote, or are the
+    model's own words. missed: of attention not read by the try that this one goes on from.
+    """
+
+    prompt: list[int]
+    guide: Quoting | None
+    ids: list[int] = field(default_factory=list)
+    kept: int = 0
+    missed: float = 0.0
+    row: KVRow | None = None
+
+    def __post_init__(self) -> None:
+        self.begun = tuple(self.ids)
+
+    def guided(self, ids: Sequence[int], logits_V: Tensor, row: KVRow) -> Tensor:
+        """See `herd.engine.request.Guide`."""
+        assert self.guide is not None
+        return self.guide([*self.begun, *ids], logits_V, row)
+
+    def take(self, id: int) -> None:
+        """Go on with this token."""
+        self.ids.append(id)
+        if self.guide is None or self.guide.quotes(self.ids):
+            self.kept = len(self.ids)
+
+    @property
+    def sure(self) -> bool:
+        """Whether it ended as a quote that surely answers."""
+        return self.guide is not None and self.guide.worth(self.ids) is Worth.SURE
+
+    def again(self) -> "_Try | None":
+        """If this one ended without a quote, or a doubtful one: another that may end better, from where they part."""
+        if self.guide is None or self.kept == len(self.ids):
+            return None
+        assert isinstance(self.row, ContextRow)
+        kept, worth = self.ids[: self.kept], self.guide.worth(self.ids)
+        guide = self.guide.again(kept, doubtful=worth is Worth.DOUBTFUL)
+        return None if guide is None else _Try(self.prompt, guide, kept, self.kept, self.row.missed)
+
+
+class _Said:
+    """Tells the text of one answer as it comes. Nothing is taken back."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: OnText | None) -> None:
+        self._text, self._on_text, self._count = tokenizer.stream(), on_text, 0
+
+    def say(self, one: _Try) -> None:
+        """Tell what may become a quote."""
+        self._tell(one.ids[: one.kept])
+
+    def finish(self, tries: Sequence[_Try]) -> None:
+        """Tell the rest of the answer."""
+        if self._on_text is not None:
+            self._tell(tries[0].ids)
+            self._on_text(self._text.finish())
+
+    def _tell(self, ids: Sequence[int]) -> None:
+        if self._on_text is not None:
+            for id in ids[self._count :]:
+                self._on_text(self._text.push(id))
+            self._count = max(self._count, len(ids))

@@ -62,6 +62,8 @@ def test_an_answer_is_a_quote_or_says_that_there_is_none(
         assert answer.quoted
         there = [answer.text[at:] in notes.read_text() for at in range(len(answer.text) - 4)]
         assert answer.text.endswith(" is not in the context.") or any(there), answer.text
+        told = list[str]()
+        assert context.ask(question, max_tokens=80, on_text=told.append).text == answer.text == "".join(told)
     free = context.ask(question, max_tokens=8, quote=False)
     assert not free.quoted and free.text not in notes.read_text()
 

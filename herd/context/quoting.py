@@ -11,7 +11,7 @@ from torch import Tensor
 
 from herd.context.cache import ContextRow
 from herd.model import KVRow
-from herd.prompt.quotes import ABSENT, Quotes
+from herd.prompt.quotes import ABSENT, Quotes, Worth
 
 LOOKED = 0.01  # of a look's attention: chunks with less are not quoted
 _ABSENT_COST = 4.0  # nats that "not in the context" has to be likelier than a quote
@@ -35,18 +35,18 @@ class Quoting:
     What can be quoted grows with what the answer's tokens look at. There is always a token left.
     """
 
-    def __init__(self, question: str, tokenizer: Pieces) -> None:
-        self._quotes, self._tokenizer = Quotes(question), tokenizer
-        self._seen: set[tuple[int, int]] = set()
+    def __init__(self, question: str, tokenizer: Pieces, *, again: bool = False) -> None:
+        """again: only what surely answers is left, if anything does, and nothing that is doubtful (`Worth`)."""
+        self._question, self._quotes, self._tokenizer, self._again = question, Quotes(question), tokenizer, again
+        self._seen = dict[tuple[int, int], tuple[str, str]]()  # headers and texts of chunks
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor, row: KVRow) -> Tensor:
         """Logits of the next token after the answer's ids, -inf for those that lead to no answer."""
         assert isinstance(row, ContextRow)
         for store, chunk in row.looked_at(LOOKED):
             if (id(store), chunk) not in self._seen:
-                self._seen.add((id(store), chunk))
                 header, _, text = self._tokenizer.decode(store.ids(chunk)).partition("\n")
-                self._quotes.see(header, text)
+                self._see((id(store), chunk), header, text)
         quoting, absent = self._next(self._tokenizer.raw(ids))
         guided_V = logits_V.new_full(logits_V.shape, -math.inf)
         for tokens, cost in ((absent - quoting, _ABSENT_COST if quoting else 0.0), (quoting, 0.0)):
@@ -54,12 +54,42 @@ class Quoting:
             guided_V[index] = logits_V[index] - cost
         return guided_V
 
+    def quotes(self, ids: Sequence[int]) -> bool:
+        """Whether a quote that is not doubtful begins with these ids, which begin with those of the last call."""
+        answers = self._quotes.go_on(self._tokenizer.raw(ids))
+        return any(worth > Worth.DOUBTFUL and not _absent(answer) for answer, worth in answers.items())
+
+    def worth(self, ids: Sequence[int]) -> Worth:
+        """Of the answer that these ids are; DOUBTFUL if they are only a part of one."""
+        said = self._tokenizer.raw(ids)
+        return self._quotes.go_on(said).get(said, Worth.DOUBTFUL)
+
+    def again(self, ids: Sequence[int], doubtful: bool) -> "Quoting | None":
+        """A guide from these ids on to what surely answers, of all that was looked at so far; None if nothing does.
+
+        What an answer looks at late may be what it should have begun with. doubtful: None only if nothing is left but
+        what is doubtful, because the right names may lead on.
+        """
+        guide = Quoting(self._question, self._tokenizer, again=True)
+        for place, (header, text) in self._seen.items():
+            guide._see(place, header, text)
+        left = guide._quotes.go_on(self._tokenizer.raw(ids)).values()
+        return guide if Worth.SURE in left or (doubtful and Worth.POSSIBLE in left) else None
+
+    def _see(self, place: tuple[int, int], header: str, text: str) -> None:
+        self._seen[place] = (header, text)
+        self._quotes.see(header, text)
+
     def _next(self, said: bytes) -> tuple[set[int], set[int]]:
         """Tokens that lead to a quote, and those that lead to an answer that says there is none."""
         quoting, absent = set[int](), set[int]()
         done = set[tuple[bytes, bool]]()
-        for answer in self._quotes.go_on(said):
-            missing = answer.endswith(ABSENT.encode())
+        answers = self._quotes.go_on(said)
+        least = Worth.DOUBTFUL
+        if self._again:
+            least = Worth.SURE if Worth.SURE in answers.values() else Worth.POSSIBLE
+        for answer in (answer for answer, worth in answers.items() if worth >= least):
+            missing = _absent(answer)
             rest, into = answer[len(said) :], absent if missing else quoting
             if not rest:
                 into.update(self._tokenizer.eos_ids)
@@ -67,3 +97,7 @@ class Quoting:
                 done.add((rest[:32], missing))
                 into.update(self._tokenizer.prefixes(rest))
         return quoting, absent
+
+
+def _absent(answer: bytes) -> bool:
+    return answer.endswith(ABSENT.encode())

@@ -16,6 +16,7 @@ Strings are UTF-8 bytes, because tokens may end within a character.
 
 import re
 from collections.abc import Iterator
+from enum import IntEnum
 
 NOT_IN_CONTEXT = "not in the context"
 ABSENT = f" is {NOT_IN_CONTEXT}."
@@ -30,7 +31,7 @@ _METHOD = re.compile(r"method \w+ in class [\w.]+")
 # Neither names nor phrases begin or end with these.
 _FUNCTION_WORDS = frozenset(
     """a an and are as at be been by can could did do does for from give had has have how i in is it its may me might
-    must my of on or our please shall should some tell than that the their them then there these they this those
+    must my of on one or our please shall should some tell than that the their them then there these they this those
     to us was we were what when where which while who whose why will with would you your""".split()  # noqa: SIM905
 )
 # What a question asks with; not a name, unless there is no other.
@@ -39,6 +40,18 @@ _ASKING_WORDS = frozenset(
     file find function hold holds know list look mean means method name named parameter parameters quote record say says
     set setting show signature state store stored take takes use used value variable""".split()  # noqa: SIM905
 )
+
+
+class Worth(IntEnum):
+    """How likely an answer is what was asked for.
+
+    DOUBTFUL: it names an ordinary word though the question holds a name, and quotes no definition. SURE: a definition,
+    a line that sets a name, or one that holds both A and E. POSSIBLE: all others.
+    """
+
+    DOUBTFUL = 0
+    POSSIBLE = 1
+    SURE = 2
 
 
 class Quotes:
@@ -50,10 +63,11 @@ class Quotes:
         self._things = [p for e in phrases(question, _ENTITY_WORDS) for p in (e, f"the {e}") if _stands(question, p)]
         self._texts: list[str] = []
         self._said = b""
-        self._answers = dict[bytes, None]()  # an ordered set
+        self._answers = dict[bytes, Worth]()
+        self._telling = {name for name in self._names if not _plain_word(name)}
         for name in self._names:
             for opening in ("", "def ", "method ", "docs of "):
-                self._add(opening + name + ABSENT)
+                self._add(opening + name + ABSENT, self._worth(name))
         self._add_things("", self._things, None)
 
     def see(self, header: str, text: str) -> None:
@@ -62,18 +76,20 @@ class Quotes:
         for name in self._names:
             for at in _places(header, f"method {name}"):
                 if found := _METHOD.match(header, at):
-                    self._add(found.group())
+                    self._add(found.group(), Worth.SURE)
             for at in _places(text, name):
-                for opening in ("", f"docs of {name}: "):
-                    self._add(opening + _line(text, at))
+                line, worth = _line(text, at), self._worth(name)
+                sets = worth is Worth.POSSIBLE and _SETS.match(line, len(name)) is not None
+                self._add(line, Worth.SURE if sets else worth)
+                self._add(f"docs of {name}: {line}", worth)
                 if at >= 4 and text.startswith("def ", at - 4):
                     self._add_definition(text, at - 4, name)
         self._add_things("", self._things, text)
 
-    def go_on(self, said: bytes) -> list[bytes]:
+    def go_on(self, said: bytes) -> dict[bytes, Worth]:
         """All answers that begin with `said`, which begins with what was said in the last call."""
         self._said = said
-        self._answers = {answer: None for answer in self._answers if answer.startswith(said)}
+        self._answers = {answer: worth for answer, worth in self._answers.items() if answer.startswith(said)}
         if (
             said in self._answers
             and said.startswith(b"The ")
@@ -84,28 +100,35 @@ class Quotes:
             found = phrases(first, _ENTITY_WORDS)
             for text in (None, *self._texts):
                 self._add_things(first + "\n", found, text)
-        return list(self._answers)
+        return dict(self._answers)
 
-    def _add(self, answer: str) -> None:
+    def _add(self, answer: str, worth: Worth) -> None:
         if (data := answer.encode(errors="replace")).startswith(self._said):
-            self._answers[data] = None
+            self._answers[data] = max(worth, self._answers.get(data, worth))
+
+    def _worth(self, named: str) -> Worth:
+        told = not self._telling or not self._telling.isdisjoint(re.findall(r"\w+", named))
+        return Worth.POSSIBLE if told else Worth.DOUBTFUL
 
     def _add_things(self, start: str, things: list[str], text: str | None) -> None:
         """`The A of E…` with the lines of a text that hold both, or without one."""
         for thing in things:
             for line, rest in [("", ABSENT)] if text is None else _lines(text, thing):
                 for attribute in self._attributes:
-                    apart = attribute not in thing and thing not in attribute
+                    apart = not {*attribute.lower().split()} & {*thing.lower().split()}
                     if apart and (_SETS.match(rest) or _plain(attribute) in _plain(line or attribute)):
-                        self._add(f"{start}The {attribute} of {thing}{rest}")
+                        # What a first line names may be a word like others.
+                        worth = Worth.POSSIBLE if start else self._worth(thing)
+                        sure = text is not None and worth is Worth.POSSIBLE
+                        self._add(f"{start}The {attribute} of {thing}{rest}", Worth.SURE if sure else worth)
 
     def _add_definition(self, text: str, at: int, name: str) -> None:
         end = bracket_end(text, text.find("(", at), at + MAX_SIGNATURE)
         if end < 0:
             return
-        self._add(text[at : line_end(text, end)])
+        self._add(text[at : line_end(text, end)], Worth.SURE)
         _, last = first_sentence(text, end) or (end, end)
-        self._add(f"docs of {name}: {text[at : line_end(text, last)]}")
+        self._add(f"docs of {name}: {text[at : line_end(text, last)]}", Worth.SURE)
 
 
 def bracket_end(text: str, start: int, limit: int) -> int:
@@ -168,6 +191,11 @@ def _names(question: str) -> list[str]:
     words = [word.strip("`'\"()[]{}.,:;?!*<>=") for word in question.split()]
     names = list(dict.fromkeys(word for word in words if re.fullmatch(r"\w+", word)))
     return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names or ["it"]
+
+
+def _plain_word(name: str) -> bool:
+    """Whether it is a word like others, with nothing of an identifier, proper name or number."""
+    return name.isalpha() and name.islower()
 
 
 def _stands(text: str, words: str) -> bool:

@@ -11,10 +11,11 @@ from herd.context.cache import ContextCache, ContextRow
 from herd.context.quoting import Quoting
 from herd.context.segment import pack
 from herd.context.store import NewChunk, NewSource, Store, chunk_hash
+from herd.prompt.quotes import Worth
 from tests.context.tiny_context import CONFIG, Bytes, spec
 
 GLOBAL_LAYER = 2
-TEXTS = [b"# s0:1\nPORT = 80\n", b"# s1:1\nPORT = 9000\n"]
+TEXTS = [b"# s0:1\nPORT = 80\n", b"# s1:1\nPORT = 9000\n", b"# s2:1\nTIME = 5\n"]
 END = 0
 
 
@@ -33,7 +34,7 @@ class Pieces(Bytes):
 
 @pytest.fixture
 def row(tmp_path: Path) -> tuple[ContextCache, ContextRow]:
-    """Two sources of one chunk each; the keys of chunk n point along axis n."""
+    """Sources of one chunk each; the keys of chunk n point along axis n."""
     store = Store.open(tmp_path / "ctx", spec())
     with store.writer() as writer:
         batch = []
@@ -41,7 +42,7 @@ def row(tmp_path: Path) -> tuple[ContextCache, ContextRow]:
             k_TGd = torch.zeros(len(text), 2, 8)
             k_TGd[:, :, n] = 10.0
             batch.append((NewChunk(chunk_hash("tiny", list(text)), list(text), 1, 1), pack(k_TGd, k_TGd, store.spec)))
-        writer.commit(batch, [NewSource(f"s{n}", None, "", [batch[n][0].hash]) for n in range(2)])
+        writer.commit(batch, [NewSource(f"s{n}", None, "", [batch[n][0].hash]) for n in range(len(TEXTS))])
     store.refresh()
     cache = ContextCache([store], CONFIG)
     return cache, cache.open(64)
@@ -97,3 +98,29 @@ def test_what_is_not_there_is_said(row: tuple[ContextCache, ContextRow]) -> None
     cache, its = row
     look(cache, its, 1, 0)
     assert say(Quoting("What is HOST?", Pieces()), its, b"") == b"HOST is not in the context."
+
+
+def test_a_second_try_says_what_the_first_one_saw_too_late(row: tuple[ContextCache, ContextRow]) -> None:
+    cache, its = row
+    guide = Quoting("What is PORT?", Pieces())
+    look(cache, its, 2, 0)
+    said = say(guide, its, b"")
+    assert said == b"PORT is not in the context." and guide.worth(said) < Worth.SURE and not guide.quotes(said)
+    assert guide.again(b"", doubtful=False) is None, "nothing that answers was seen"
+    look(cache, its, 1, 1)
+    guide(list(said), torch.zeros(256), its)
+    again = guide.again(b"PORT", doubtful=False)
+    assert again is not None
+    said = say(again, its, b"i", b"PORT")
+    assert said == b"PORT = 9000" and again.worth(said) is Worth.SURE and again.quotes(said)
+    assert guide.again(b"PORT is", doubtful=False) is None, "what begins so is no quote"
+
+
+def test_a_second_try_names_no_ordinary_word(row: tuple[ContextCache, ContextRow]) -> None:
+    cache, its = row
+    look(cache, its, 2, 0)
+    guide = Quoting("What is the size of PORT?", Pieces())
+    said = say(guide, its, b"s")
+    assert said == b"size is not in the context." and guide.again(b"", doubtful=False) is None
+    again = guide.again(b"", doubtful=True)
+    assert again is not None and say(again, its, b"s") == b"PORT is not in the context."

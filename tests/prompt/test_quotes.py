@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd.prompt.quotes import ABSENT, Quotes, phrases
+from herd.prompt.quotes import ABSENT, Quotes, Worth, phrases
 
 HEADER = "# a/b.py:1 method send in class Wire, method stop in class Wire.Inner"
 CODE = '''LIMIT = 100  # KiB
@@ -67,7 +67,7 @@ def test_without_a_text_only_absence_is_left() -> None:
     quotes = Quotes("What is LIMIT?")
     assert quotes.go_on(b"")
     assert all(answer.endswith(ABSENT.encode()) for answer in quotes.go_on(b""))
-    assert quotes.go_on(b"LIMIT") == [b"LIMIT" + ABSENT.encode()]
+    assert [*quotes.go_on(b"LIMIT")] == [b"LIMIT" + ABSENT.encode()]
 
 
 def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
@@ -75,6 +75,25 @@ def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
     quotes.go_on(b"LIMIT")
     quotes.see(HEADER, CODE)
     assert set(quotes.go_on(b"LIMIT")) == {b"LIMIT = 100  # KiB", b"LIMIT" + ABSENT.encode()}
+
+
+def test_what_tells_what_it_names_is_sure() -> None:
+    quotes = Quotes("What is the size of LIMIT in send?")
+    quotes.see(HEADER, CODE + "print(LIMIT)\nsend = 3\n")
+    worth = {answer.decode(): its for answer, its in quotes.go_on(b"").items()}
+    sure = {answer for answer, its in worth.items() if its is Worth.SURE}
+    signature = "def send(self, data, *,\n         flags=(1, 2)):"
+    assert {"LIMIT = 100  # KiB", "The size of LIMIT = 100  # KiB", signature, "method send in class Wire"} < sure
+    assert worth["LIMIT)"] is worth["LIMIT" + ABSENT] is Worth.POSSIBLE
+    # An ordinary word is doubtful beside a name, but for its definition.
+    assert worth["send = 3"] is worth["send" + ABSENT] is Worth.DOUBTFUL
+
+
+def test_ordinary_words_are_not_doubtful_alone() -> None:
+    quotes = Quotes("What is the size of the old mill?")
+    quotes.see("", "size of the old mill: 7\n")
+    assert quotes.go_on(b"")[b"The size of the old mill: 7"] is Worth.SURE
+    assert Worth.DOUBTFUL not in quotes.go_on(b"").values()
 
 
 @pytest.mark.parametrize("question", ["What is this?", "?", "", "Tell me.", "☃ ☃"])
