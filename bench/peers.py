@@ -72,9 +72,9 @@ class Subject:
 
 SUBJECTS = {
     "herd bf16": Subject("herd", "", 16),
-    "herd int8": Subject("herd", "@int8", 8.125),
+    "herd int8": Subject("herd", "@int8:256", 8.125),
     "herd int4": Subject("herd", "@int4", 4.5),
-    "herd context int8": Subject("herd", "@int8", 8.125, 8.25, {"context": True}),
+    "herd context int8": Subject("herd", "@int8:256", 8.125, 8.25, {"context": True}),
     "llama.cpp Q8_0": Subject("llama.cpp", "-Q8_0.gguf", 8.5),
     "llama.cpp Q4_0": Subject("llama.cpp", "-Q4_0.gguf", 4.5),
     "vllm bf16": Subject("vllm", "", 16),

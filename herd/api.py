@@ -108,9 +108,10 @@ class Model:
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
-    `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of at most 256 inputs (64 in
-    4 bits) or that many. Contexts are bound to it. dtype: of weights that are not quantised; None: as stored.
-    CheckpointError or ConfigError if there is no such model or it cannot be loaded.
+    `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of 64 inputs or that many;
+    `@bf16` does not. Without, Cria is int8 and other models are as stored. Contexts are bound to it. dtype: of weights
+    that are not quantised; None: as stored. CheckpointError or ConfigError if there is no such model or it cannot be
+    loaded.
     """
     folder, weights = find_model(path_or_name)
     transformer = checkpoint.load(folder, dtype)
@@ -130,18 +131,21 @@ class Found(NamedTuple):
     weights: Bits | None
 
 
-_WEIGHTS = re.compile(r"@int(4|8)(?::(\d+))?$")
-_GROUPS = {8: 256, 4: 64}
+_WEIGHTS = re.compile(r"@(?:bf16|int(?P<bits>4|8)(?::(?P<group>\d+))?)$")
+_GROUP = 64
 
 
 def find_model(path_or_name: str | Path) -> Found:
     """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
-    name, weights = str(path_or_name), None
-    asked = _WEIGHTS.search(name)
-    if asked is not None and not Path(name).exists():
-        name, bits = name[: asked.start()], int(asked[1])
-        weights = Bits(bits, int(asked[2] or _GROUPS[bits]))
-    return Found(cria_path() if name == "cria" and not Path(name).exists() else Path(name), weights)
+    name = str(path_or_name)
+    asked = None if Path(name).exists() else _WEIGHTS.search(name)
+    if asked is not None:
+        name = name[: asked.start()]
+    ours = name == "cria" and not Path(name).exists()
+    weights = Bits(8, _GROUP) if ours else None
+    if asked is not None:
+        weights = Bits(int(asked["bits"]), int(asked["group"] or _GROUP)) if asked["bits"] else None
+    return Found(cria_path() if ours else Path(name), weights)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from herd.errors import ContextError, PromptError
 @pytest.mark.parametrize(
     ("name", "folder", "weights"),
     [
-        ("cria", "built", None),
-        ("cria@int8", "built", (8, 256)),
+        ("cria", "built", (8, 64)),
+        ("cria@bf16", "built", None),
+        ("cria@int8:256", "built", (8, 256)),
         ("cria@int4:32", "built", (4, 32)),
         ("models/other", "models/other", None),
         ("models/other@int4", "models/other", (4, 64)),
+        ("models/other@bf16", "models/other", None),
         ("other@int5", "other@int5", None),
     ],
 )

@@ -20,7 +20,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="NAME|DIR",
-        help="cria, or a folder in Hugging Face's Llama 4 layout; @int8 or @int4 after it quantises the weights.",
+        help="cria, or a folder in Hugging Face's Llama 4 layout; after it, @int8, @int4 or @bf16 for its weights.",
     ),
 ]
 FreeFlag = Annotated[
