@@ -60,7 +60,8 @@ class Quotes:
     def __init__(self, question: str) -> None:
         self._names = _names(question)
         self._attributes = [p for p in phrases(question, _ATTRIBUTE_WORDS) if "'s " not in p]
-        self._things = [p for e in phrases(question, _ENTITY_WORDS) for p in (e, f"the {e}") if _stands(question, p)]
+        named = [p for p in phrases(question, _ENTITY_WORDS) if not _ASKING_WORDS.issuperset(p.lower().split())]
+        self._things = [p for e in named for p in (e, f"the {e}") if _stands(question, p)]
         self._texts: list[str] = []
         self._said = b""
         self._answers = dict[bytes, Worth]()

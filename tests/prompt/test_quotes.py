@@ -77,6 +77,11 @@ def test_a_text_seen_later_allows_only_what_goes_on_from_what_is_said() -> None:
     assert set(quotes.go_on(b"LIMIT")) == {b"LIMIT = 100  # KiB", b"LIMIT" + ABSENT.encode()}
 
 
+def test_what_a_question_asks_with_is_no_thing() -> None:
+    answers = allowed("Please state which limit Ann Lee has.", "state = self.limit\nlimit (Ann Lee): 7\n")
+    assert "The limit of Ann Lee): 7" in answers and not [a for a in answers if " of state" in a]
+
+
 def test_what_tells_what_it_names_is_sure() -> None:
     quotes = Quotes("What is the size of LIMIT in send?")
     quotes.see(HEADER, CODE + "print(LIMIT)\nsend = 3\n")
