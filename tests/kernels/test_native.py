@@ -1,7 +1,7 @@
 """The native library against the reference, for every instruction set that this machine has."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,17 +14,8 @@ from herd.context.segment import KV
 from herd.errors import ConfigError
 from herd.kernels import dequantize_kv, native, quantize_kv, reference
 
-library, level = native.load()
-pytestmark = pytest.mark.skipif(library is None, reason=level)
+pytestmark = pytest.mark.usefixtures("instructions")
 fast = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "neon"], autouse=True)
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not library.herd_use_level(request.param.encode()):
-        pytest.skip(f"not an instruction set of this machine: {request.param}")
-    yield
-    library.herd_use_level(level.encode())
 
 
 @pytest.fixture(params=[8, 4])
