@@ -11,6 +11,7 @@
 #include "levels.h"
 #include "simd.h"
 #include "vector_math.h"
+#include "whole.h"
 
 namespace herd {
 namespace {
@@ -35,18 +36,16 @@ struct Queries {
 
 void split(const float* q, Queries& to) {
   for (int64_t r = 0; r < to.R; r++, q += to.d) {
-    float most = 0;
-    for (int64_t i = 0; i < to.d; i++) most = std::fabs(q[i]) > most ? std::fabs(q[i]) : most;
-    const float inverse = most > 0 ? 127 / most : 0;
+    const Steps steps(largest_magnitude(q, to.d));
     int32_t high_sum = 0, low_sum = 0;
     for (int64_t i = 0; i < to.d; i++) {
-      const float x = q[i] * inverse, high = std::rint(x), low = std::rint((x - high) * 254);
+      const float high = steps.whole(q[i]), low = steps.rest(q[i]);
       to.high.at[r * to.d + i] = (int8_t)high;
       to.low.at[r * to.d + i] = (int8_t)low;
       high_sum += (int32_t)high;
       low_sum += (int32_t)low;
     }
-    to.scale.at[r] = most / 127;
+    to.scale.at[r] = steps.step;
     to.high_sum.at[r] = high_sum;
     to.low_sum.at[r] = low_sum;
   }

@@ -156,13 +156,19 @@ struct Routing {
   void choose(const float* x, int64_t n, int64_t D) {
     float* logit = logits.at + n * layer.E;
     for (int64_t e = 0; e < layer.E; e++) logit[e] = inner_product(x, layer.router + e * D, D);
-    for (int64_t k = n * K; k < (n + 1) * K; k++) {
-      int32_t best = 0;
-      for (int32_t e = 1; e < layer.E; e++) best = logit[e] > logit[best] ? e : best;
-      expert.at[k] = best;
-      score.at[k] = 1 / (1 + std::exp(-logit[best]));
-      logit[best] = -INFINITY;
+    for (int64_t k = 0; k < K; k++) {
+      int32_t best = -1;  // never one twice, even beside NaN and infinities
+      for (int32_t e = 0; e < layer.E; e++)
+        if (!chosen(n, k, e) && (best < 0 || logit[e] > logit[best])) best = e;
+      expert.at[n * K + k] = best;
+      score.at[n * K + k] = 1 / (1 + std::exp(-logit[best]));
     }
+  }
+
+  bool chosen(int64_t n, int64_t count, int32_t e) const {
+    bool found = false;
+    for (int64_t k = n * K; k < n * K + count; k++) found |= expert.at[k] == e;
+    return found;
   }
 
   void order() {
@@ -291,6 +297,7 @@ void finish(const Decoder& decoder, const Layer& layer, const Batch& batch, cons
 void run(const Decoder& decoder, const Layer* layers, int64_t count, const Batch& batch, const Sequence* sequences,
          int64_t S, int64_t threads) {
   Buffer<float> qkv(batch.N * (decoder.H + 2 * decoder.G) * decoder.d), attended(batch.N * decoder.H * decoder.d);
+  std::memset(attended.at, 0, batch.N * decoder.H * decoder.d * 4);  // tokens of no sequence attend to nothing
   for (int64_t at = 0; at < count; at++) {
     Projection projection(decoder, layers[at], batch, qkv.at);
     OwnAttention attention = {decoder, layers[at], sequences, S, at, qkv.at, attended.at};

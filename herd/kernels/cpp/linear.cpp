@@ -43,13 +43,11 @@ void pack_output(const float* w, int64_t n, Weight& to, uint8_t* cells, float* s
   const int64_t inputs = to.bits == 8 ? 4 : 8;
   const float low = to.bits == 8 ? -127 : -8, high = to.bits == 8 ? 127 : 7;
   for (int64_t g = 0; g < to.K / to.group; g++) {
-    float most = 1e-6f;
-    for (int64_t k = g * to.group; k < (g + 1) * to.group; k++) most = std::fabs(w[k]) > most ? std::fabs(w[k]) : most;
-    const float step = most / -low;
+    const float most = largest_magnitude(w + g * to.group, to.group), step = (most < 1e-6f ? 1e-6f : most) / -low;
     scale[(n / PANEL * (to.K / to.group) + g) * PANEL + n % PANEL] = step;
     for (int64_t k = g * to.group; k < (g + 1) * to.group; k++) {
       const float whole = std::rint(w[k] / step);
-      const int32_t q = (int32_t)(whole < low ? low : whole > high ? high : whole);
+      const int32_t q = (int32_t)(whole > low ? whole < high ? whole : high : low);  // low for NaN, too
       uint8_t* cell = cells + (k / inputs * PANEL + n % PANEL) * 4 + k % 4;
       if (to.bits == 8)
         *cell = (uint8_t)(q + 128);

@@ -11,6 +11,7 @@
 #include "buffer.h"
 #include "levels.h"
 #include "simd.h"
+#include "whole.h"
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -53,27 +54,22 @@ struct Rows {
       return;
     }
     for (int64_t g = 0; g < groups; g++, x += group) {
-      float most = 0;
-      const int32_t sum = quantise(x, most, to, R * 4);
+      const Steps steps(largest_magnitude(x, group));
+      const int32_t sum = quantise(x, steps, to, R * 4);
       to += group * R;
-      scale.at[tile * groups + g * R + r] = most / 127;
+      scale.at[tile * groups + g * R + r] = steps.step;
       offset.at[tile * groups + g * R + r] = -(bits == 8 ? 128 : 8) * sum;
     }
   }
 
  private:
   // A group to int8, four of them every `stride` bytes; returns their sum. group is a multiple of 8.
-  int32_t quantise(const float* x, float& most, uint8_t* to, int64_t stride) const {
-    float high[8] = {};
-    for (int32_t k = 0; k < group; k += 8)
-      for (int i = 0; i < 8; i++) high[i] = std::fabs(x[k + i]) > high[i] ? std::fabs(x[k + i]) : high[i];
-    for (int i = 0; i < 8; i++) most = high[i] > most ? high[i] : most;
-    const float inverse = most > 0 ? 127 / most : 0;
+  int32_t quantise(const float* x, const Steps& steps, uint8_t* to, int64_t stride) const {
     int32_t sums[8] = {};
     for (int32_t k = 0; k < group; k += 8, to += 2 * stride) {
       int8_t eight[8];
       for (int i = 0; i < 8; i++) {
-        const int32_t whole = (int32_t)std::rint(x[k + i] * inverse);
+        const int32_t whole = (int32_t)steps.whole(x[k + i]);
         sums[i] += whole;
         eight[i] = (int8_t)whole;
       }

@@ -9,10 +9,13 @@ namespace {
 
 constexpr float LOWEST = -1e30f;  // a logit that counts nothing
 
-// exp(x) for x <= 0, to 2 units in the last place; plain code, so that the compiler makes vectors of it.
+// exp(x) for x <= 0, to 2 units in the last place, and NaN for NaN; plain code, so that the compiler makes vectors of it.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
-  const float n = std::rint(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float n = std::rint(x * 1.44269504f);
+  n = n > -126.0f ? n : -126.0f;  // NaN is no integer
+  n = n < 0.0f ? n : 0.0f;        // beside NaN, the largest is not always found
+  const float f = x - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
