@@ -39,7 +39,7 @@ void split(const float* q, Queries& to) {
     const Steps steps(largest_magnitude(q, to.d));
     int32_t high_sum = 0, low_sum = 0;
     for (int64_t i = 0; i < to.d; i++) {
-      const float high = steps.whole(q[i]), low = steps.rest(q[i]);
+      const float high = steps.finite ? steps.whole(q[i]) : 0, low = steps.finite ? steps.rest(q[i]) : 0;
       to.high.at[r * to.d + i] = (int8_t)high;
       to.low.at[r * to.d + i] = (int8_t)low;
       high_sum += (int32_t)high;

@@ -65,6 +65,10 @@ struct Rows {
  private:
   // A group to int8, four of them every `stride` bytes; returns their sum. group is a multiple of 8.
   int32_t quantise(const float* x, const Steps& steps, uint8_t* to, int64_t stride) const {
+    if (!steps.finite) {
+      for (int32_t k = 0; k < group; k += 4, to += stride) std::memset(to, 0, 4);
+      return 0;
+    }
     int32_t sums[8] = {};
     for (int32_t k = 0; k < group; k += 8, to += 2 * stride) {
       int8_t eight[8];

@@ -22,20 +22,18 @@ inline float largest_magnitude(const float* x, int64_t count) {
 }
 
 // How numbers of at most this magnitude become whole ones: x * inverse, at most 127, which stands for that times step.
-// Numbers too small for that are 0; with an infinite one or NaN, nothing is a number.
+// Numbers too small for that are 0; with an infinite one or NaN, step is NaN and nothing can become whole.
 struct Steps {
   float inverse, step;
-  explicit Steps(float most) : inverse(127 / most), step(most / 127) {
-    if (!(most <= 3.4028234e38f)) step = most * 0;
+  bool finite;
+  explicit Steps(float most) : inverse(127 / most), step(most / 127), finite(most <= 3.4028234e38f) {
+    if (!finite) step = most * 0;
     if (!(inverse <= 3.4028234e38f)) inverse = 0;
   }
-  float whole(float x) const { return limited(x * inverse); }
+  // Only if finite: a check here instead would keep compilers from making vectors of it.
+  float whole(float x) const { return std::rint(x * inverse); }
   // What is missing, in steps 254 times as small.
-  float rest(float x) const { return limited((x * inverse - whole(x)) * 254); }
-  static float limited(float x) {
-    x = std::rint(x);
-    return x > -127 ? x < 127 ? x : 127 : -127;  // NaN is no integer
-  }
+  float rest(float x) const { return std::rint((x * inverse - whole(x)) * 254); }
 };
 
 }  // namespace
