@@ -23,7 +23,9 @@ def main() -> None:
     flags = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
     source = ROOT / "herd" / "kernels" / "cpp"
     subprocess.run(["cmake", "-S", source, "-B", BUILD, f"-DCMAKE_CXX_FLAGS={flags}"], check=True)
-    subprocess.run(["cmake", "--build", BUILD, "--parallel"], check=True)
+    # Without a number, make starts all compilers at once.
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
+    subprocess.run(["cmake", "--build", BUILD, "--parallel", jobs], check=True)
     # The sanitizer's own library has to be there before Python itself. Python's leaks at exit are not ours.
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
     # What was never written is NaN, so that whatever depends on it is found.
