@@ -29,7 +29,8 @@ def command(
         return
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
+        lines = _by_implementation(value) if name == "operations" else [_shown(value)]
+        print(f"{name.replace('_', ' '):{width}}  {f'{chr(10):{width + 3}}'.join(lines)}")
 
 
 def installation() -> dict[str, Any]:
@@ -93,6 +94,14 @@ def layer_map(cfg: TextConfig) -> str:
     runs = [(kind, len(list(run))) for kind, run in groupby(kinds[:period])]
     group = " ".join(kind if count == 1 else f"{count}x{kind}" for kind, count in runs)
     return group if period == n else f"{n // period}x({group})"
+
+
+def _by_implementation(operations: dict[str, str]) -> list[str]:
+    """One line for each implementation, with all that it does."""
+    return [
+        f"{implementation}: {', '.join(name for name, by in operations.items() if by == implementation)}"
+        for implementation in sorted(set(operations.values()))
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 The variable HERD_KERNELS, set to `reference` or `native`, decides otherwise.
 """
 
+import inspect
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -80,12 +81,13 @@ def implementation() -> str:
 
 
 def operations() -> dict[str, str]:
-    """What each hot operation is done by, and why."""
-    names = ("apply_rope", "attend", "expert_mlp", "merge_partials", "quantize_kv", "rms_norm", "swiglu")
-    return {
-        **dict.fromkeys(("attend_parts", "causal_attention", "linear", "pack"), implementation()),
-        **dict.fromkeys(names, "reference (no native version)"),
-    }
+    """What each hot operation is done by where it can be, and why. "layers" is all of a layer in one.
+
+    Operations are what the reference defines and this module offers: what it offers as it is has no native version.
+    """
+    ours = {name: globals()[name] for name in __all__ if inspect.isfunction(getattr(reference, name, None))}
+    only = {name: "reference (no native version)" for name in ours if ours[name] is getattr(reference, name)}
+    return {name: only.get(name, implementation()) for name in sorted({*ours, "layers"})}
 
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:

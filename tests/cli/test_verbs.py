@@ -229,9 +229,19 @@ def test_info(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
     assert tiny["layer_map"] == "ld GE ld" and tiny["weight_bytes"] >= 4 * tiny["parameters"]
     here = run_json(capsys, "info", "--json")
     assert here["torch"].startswith("2.13")
-    assert here["operations"]["attend_parts"].startswith(("native (", "reference ("))
     assert run(["info", "scout"]) == 0
     assert "107,769,861,120" in capsys.readouterr().out
+
+
+def test_info_lists_operations_by_what_does_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {"attend": "reference (none)", "layers": "native (avx2)", "linear": "native (avx2)"}
+    monkeypatch.setattr("herd.kernels.operations", lambda: done)
+    assert run_json(capsys, "info", "--json")["operations"] == done
+    assert run(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == ["operations  native (avx2): layers, linear", "            reference (none): attend"]
 
 
 def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
