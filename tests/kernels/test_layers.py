@@ -99,6 +99,15 @@ def test_projection(N: int, bits: int, kind: dict[str, Any]) -> None:
         compare(ours, theirs, torch.zeros_like(theirs), ROUNDED[bits], ORDER)
 
 
+def test_global_queries_without_temperature(bits: int) -> None:
+    layer, warm = plain(bits, local=False), tokens(13)
+    cold, layers = replace(warm, temperature_N=None), Layers(SHAPE, [layer.packed()])
+    (found, *_), (expected, *_), (warmed, *_) = layers.project(0, cold), layer.project(cold), layers.project(0, warm)
+    compare(found, expected, torch.zeros_like(expected), ROUNDED[bits], ORDER)
+    assert warm.temperature_N is not None
+    assert torch.equal(warmed, found * warm.temperature_N[:, None, None])
+
+
 @pytest.mark.parametrize("N", [1, 2, 13, 200])
 def test_the_rest_of_a_layer(N: int, bits: int, kind: dict[str, Any]) -> None:
     layer, before = plain(bits, **kind), tokens(N)
