@@ -65,7 +65,7 @@ class Quotes:
         self._texts: list[str] = []
         self._said = b""
         self._answers = dict[bytes, Worth]()
-        self._telling = {name for name in self._names if not _plain_word(name)}
+        self._telling = _telling(question)
         for name in self._names:
             for opening in ("", "def ", "method ", "docs of "):
                 self._add(opening + name + ABSENT, self._worth(name))
@@ -194,9 +194,11 @@ def _names(question: str) -> list[str]:
     return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names or ["it"]
 
 
-def _plain_word(name: str) -> bool:
-    """Whether it is a word like others, with nothing of an identifier, proper name or number."""
-    return name.isalpha() and name.islower()
+def _telling(question: str) -> set[str]:
+    """Words with something of an identifier, proper name or number; a question begins with a capital anyway."""
+    words = re.findall(r"\w+", question)
+    told = words[words[0].istitle() and words[0].isalpha() :] if words else []
+    return {word for word in told if not (word.isalpha() and word.islower()) and word.lower() not in _FUNCTION_WORDS}
 
 
 def _stands(text: str, words: str) -> bool:

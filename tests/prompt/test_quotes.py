@@ -99,6 +99,12 @@ def test_ordinary_words_are_not_doubtful_alone() -> None:
     quotes.see("", "size of the old mill: 7\n")
     assert quotes.go_on(b"")[b"The size of the old mill: 7"] is Worth.SURE
     assert Worth.DOUBTFUL not in quotes.go_on(b"").values()
+    begun = Quotes("Regarding the old mill, what size should I use?")
+    assert Worth.DOUBTFUL not in begun.go_on(b"").values(), "questions begin with a capital"
+    named = Quotes("Which key has item UU-44?")
+    named.see("", "key = 3\nkey of item UU-44: 7\n")
+    assert named.go_on(b"")[b"The item UU-44 of key = 3"] is Worth.DOUBTFUL
+    assert named.go_on(b"")[b"The key of item UU-44: 7"] is Worth.SURE
 
 
 @pytest.mark.parametrize("question", ["What is this?", "?", "", "Tell me.", "☃ ☃"])
