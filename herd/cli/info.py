@@ -28,9 +28,10 @@ def command(
         print_json(found)
         return
     width = max(map(len, found))
+    below = "\n" + " " * (width + 2)
     for name, value in found.items():
         lines = _by_implementation(value) if name == "operations" else [_shown(value)]
-        print(f"{name.replace('_', ' '):{width}}  {f'{chr(10):{width + 3}}'.join(lines)}")
+        print(f"{name.replace('_', ' '):{width}}  {below.join(lines)}")
 
 
 def installation() -> dict[str, Any]:

@@ -197,8 +197,9 @@ def _names(question: str) -> list[str]:
 def _telling(question: str) -> set[str]:
     """Words with something of an identifier, proper name or number; a question begins with a capital anyway."""
     words = re.findall(r"\w+", question)
-    told = words[words[0].istitle() and words[0].isalpha() :] if words else []
-    return {word for word in told if not (word.isalpha() and word.islower()) and word.lower() not in _FUNCTION_WORDS}
+    if words and words[0].isalpha() and words[0].istitle():
+        del words[0]
+    return {word for word in words if not (word.isalpha() and word.islower()) and word.lower() not in _FUNCTION_WORDS}
 
 
 def _stands(text: str, words: str) -> bool:
