@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,19 @@ def context(
     kv: str = "int8",
     packages: Sequence[str] = corpus.HELD_OUT,
 ) -> report.Result:
-    """Read `length` tokens into a new context, ask twice, edit a file of median size in its middle and ask again."""
+    """Read `length` tokens into a new context, ask twice, edit a file of median size in its middle and ask again.
+
+    Where an earlier run left the context, its figures of reading are kept, and only the rest is measured.
+    """
     tokens = corpus.tokens_of(length)
     ordered = corpus.with_filler(corpus.shuffled(corpus.package_files(packages), seed), seed)
     files, _ = corpus.fill(ordered, tokens, model.tokenizer, corpus.chunk_size(model))
     folder = corpus.place(workdir, "context", files, tokens, seed)
     store = folder / f"context-{kv}"
-    if store.exists():
-        raise HerdError(f"the context of an earlier run is in the way; remove {store} to measure reading again")
     sources = corpus.write(files, folder / "sources")
     roots = sorted(str(path) for path in sources.iterdir())
     progress(f"reading {len(files):,} files")
-    read = _child("read", model, store, kv=kv, paths=roots)
-    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    read = _read(model, store, kv, roots)
     progress("asking from a new process")
     _child("ask", model, store, question=QUESTION, max_tokens=1)
     second = _child("ask", model, store, question=QUESTION)
@@ -62,9 +63,10 @@ def context(
         "kv": kv,
         "packages": [*packages, *corpus.filler_in(files)],
         "context_tokens": read["tokens"],
+        "read_on": read["date"],
         "read_s": read["read_s"],
         "read_tokens_per_s": round(read["read_tokens"] / read["read_s"]),
-        "bytes_per_token": round(size / read["tokens"], 1),
+        "bytes_per_token": round(read["bytes"] / read["tokens"], 1),
         "peak_memory_gb": {"read": read["peak_gb"], "ask": second["peak_gb"], "edit_and_ask": after["peak_gb"]},
         "second_ask_first_token_s": second["wall_first_s"],
         **{key: value for key, value in going_on.items() if key.startswith(("decode_", "memory_"))},
@@ -75,6 +77,18 @@ def context(
         "edit_read_tokens": after["read_tokens"],
         "edit_answer": after["answer"],
     }
+
+
+def _read(model: Model, store: Path, kv: str, roots: Sequence[str]) -> dict[str, Any]:
+    """Figures of reading all into a new context. One that is there gets the files as they were before the edit."""
+    figures = store.with_suffix(".json")
+    if store.exists() and not figures.exists():
+        raise HerdError(f"the context of an unfinished run is in the way; remove {store} to read it anew")
+    read = _child("read", model, store, kv=kv, paths=roots)
+    if not figures.exists():
+        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+        figures.write_text(json.dumps({**read, "bytes": size, "date": date.today().isoformat()}))
+    return json.loads(figures.read_text())
 
 
 def edit(text: str) -> str:

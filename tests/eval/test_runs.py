@@ -86,6 +86,10 @@ def test_cost_of_a_context(model: herd.Model, tmp_path: Path) -> None:
     assert one["peak_memory_gb"]["ask"] > 0 and one["second_ask_first_token_s"] > 0
     assert one["decode_tokens"] == 64 and one["decode_tokens_per_s"] > 0 and one["decode_read_share"] >= 0
     assert 0 <= one["missed_mass"] <= MISSED
+    (again,) = evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)["results"]
+    assert (again["read_s"], again["bytes_per_token"]) == (one["read_s"], one["bytes_per_token"])
+    assert again["edit_read_tokens"] == one["edit_read_tokens"], "the file was as before the edit"
+    next(tmp_path.rglob("context-int8.json")).unlink()
     with pytest.raises(HerdError, match="remove"):
         evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)
 
