@@ -38,38 +38,49 @@ void linear(const Weight& w, const void* x, int64_t x_stride, int64_t M, void* o
   }
 }
 
-// One output of a panel: its scales, and its inputs as they are stored.
-void pack_output(const float* w, int64_t n, Weight& to, uint8_t* cells, float* scale) {
-  const int64_t inputs = to.bits == 8 ? 4 : 8;
+// Whole numbers of steps, from low to high, with -low rounded up to a power of two added; low for NaN.
+void codes(const float* __restrict from, int64_t count, float step, float low, float high, uint8_t* __restrict to) {
+  const int32_t added = low < -8 ? 128 : 8;
+  for (int64_t k = 0; k < count; k++) {
+    const float whole = std::rint(from[k] / step), inside = whole > low ? whole < high ? whole : high : low;
+    to[k] = (uint8_t)((int32_t)inside + added);
+  }
+}
+
+// One output of a panel: its scales, and its inputs as they are stored. room: for K codes.
+void pack_output(const float* w, int64_t n, const Weight& to, uint8_t* cells, float* scale, uint8_t* room) {
   const float low = to.bits == 8 ? -127 : -8, high = to.bits == 8 ? 127 : 7;
   for (int64_t g = 0; g < to.K / to.group; g++) {
     const float most = largest_magnitude(w + g * to.group, to.group), step = (most < 1e-6f ? 1e-6f : most) / -low;
     scale[(n / PANEL * (to.K / to.group) + g) * PANEL + n % PANEL] = step;
-    for (int64_t k = g * to.group; k < (g + 1) * to.group; k++) {
-      const float whole = std::rint(w[k] / step);
-      const int32_t q = (int32_t)(whole > low ? whole < high ? whole : high : low);  // low for NaN, too
-      uint8_t* cell = cells + (k / inputs * PANEL + n % PANEL) * 4 + k % 4;
-      if (to.bits == 8)
-        *cell = (uint8_t)(q + 128);
-      else
-        *cell = (uint8_t)(k % 8 < 4 ? (*cell & 0xf0) | (q + 8) : (*cell & 0x0f) | (q + 8) << 4);
-    }
+    codes(w + g * to.group, to.group, step, low, high, room + g * to.group);
+  }
+  const int64_t inputs = to.bits == 8 ? 4 : 8;
+  for (int64_t k = 0; k < to.K; k += inputs) {
+    uint32_t cell = four_bytes(room + k);
+    if (to.bits == 4) cell |= four_bytes(room + k + 4) << 4;
+    std::memcpy(cells + (k / inputs * PANEL + n % PANEL) * 4, &cell, 4);
   }
 }
 
 void pack(const float* w, Weight& to, int64_t threads) {
   uint8_t* packed = (uint8_t*)to.packed;
   float* scale = (float*)to.scale;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t panel = 0; panel < panels(to.N); panel++) {
-    uint8_t* cells = packed + panel * PANEL * to.K * to.bits / 8;
-    std::memset(cells, to.bits == 8 ? 128 : to.bits == 4 ? 0x88 : 0, PANEL * to.K * to.bits / 8);
-    for (int64_t n = panel * PANEL; n < least(to.N, (panel + 1) * PANEL); n++) {
-      if (to.bits == 16)
-        for (int64_t k = 0; k < to.K; k++)
-          ((uint16_t*)cells)[(k / 2 * PANEL + n % PANEL) * 2 + k % 2] = narrow(w[n * to.K + k]);
-      else
-        pack_output(w + n * to.K, n, to, cells, scale);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<uint8_t> room(to.K);
+#pragma omp for
+    for (int64_t panel = 0; panel < panels(to.N); panel++) {
+      uint8_t* cells = packed + panel * PANEL * to.K * to.bits / 8;
+      if (panel == to.N / PANEL)  // outputs that are not there
+        std::memset(cells, to.bits == 8 ? 128 : to.bits == 4 ? 0x88 : 0, PANEL * to.K * to.bits / 8);
+      for (int64_t n = panel * PANEL; n < least(to.N, (panel + 1) * PANEL); n++) {
+        if (to.bits == 16)
+          for (int64_t k = 0; k < to.K; k++)
+            ((uint16_t*)cells)[(k / 2 * PANEL + n % PANEL) * 2 + k % 2] = narrow(w[n * to.K + k]);
+        else
+          pack_output(w + n * to.K, n, to, cells, scale, room.at);
+      }
     }
   }
 }
