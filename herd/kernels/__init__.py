@@ -21,7 +21,6 @@ from herd.kernels.reference import (
     dequantize_kv,
     expert_mlp,
     merge_partials,
-    quantize_kv,
     rms_norm,
     swiglu,
 )
@@ -94,6 +93,11 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
     """See `reference.attend_parts`."""
     use = native if _choice().native and native.takes(q_GRd, parts) else reference
     return use.attend_parts(q_GRd, parts, missed, elsewhere_GR)
+
+
+def quantize_kv(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_kv`."""
+    return (native if _choice().native and x.device.type == "cpu" else reference).quantize_kv(x, bits)
 
 
 def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_finish.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_run.argtypes = (_P, _P, _I64, _P, _P, _I64, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _P, _I64, _P, _P, _P, _P)
+    library.herd_keep.argtypes = (_P, _I64, _I64, _I32, _P, _P, _I64)
     return library, library.herd_level().decode()
 
 
@@ -120,7 +121,8 @@ def fits(head_dim: int) -> bool:
 
 
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
-    """As `reference.attend_parts`. Queries count as two int8 numbers each: logits differ by less than 2e-5 |q| |k|."""
+    """As `reference.attend_parts`. Queries count as two int8 numbers each, so that logits differ by at most 1.6e-5
+    sqrt(d) |q| |k|."""
     (G, R, d), K = q_GRd.shape, len(parts)
     q_GRd = q_GRd.float().contiguous()
     elsewhere_GR = torch.full((G, R), -math.inf) if elsewhere_GR is None else elsewhere_GR.float().contiguous()
@@ -131,6 +133,16 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
     known, threads = elsewhere_GR.data_ptr(), torch.get_num_threads()
     library().herd_attend(q_GRd.data_ptr(), G, R, d, table.ctypes.data, K, missed, known, threads, *results)
     return Attention(out_GRd, lse_GR, lse_KGR, left_out_GR)
+
+
+def quantize_kv(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize_kv`; of two scales for 4 bits with all but the same error, it may choose the other."""
+    d, x = x.shape[-1], x.float().contiguous()
+    codes = torch.empty(*x.shape[:-1], d * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float16)
+    results, threads = (codes.data_ptr(), scale.data_ptr()), torch.get_num_threads()
+    library().herd_keep(x.data_ptr(), scale.numel(), d, bits, *results, threads)
+    return codes, scale
 
 
 def _known(parts: Sequence[Part]) -> Parts:

@@ -113,7 +113,7 @@ def _quantize_4(x: Tensor) -> tuple[Tensor, Tensor]:
         error = (tried_q * tried).sub_(x).square_().sum(-1, keepdim=True)
         better = error < least
         q, scale = torch.where(better, tried_q, q), torch.where(better, tried, scale)
-        least = torch.minimum(error, least)
+        least = torch.where(better, error, least)
     return pack_nibbles(q.to(torch.int8)), scale.squeeze(-1).half()
 
 
@@ -148,8 +148,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Attention:
-    """Float32 results of `attend_parts`: out, log-denominators of all tokens and of each part, and the share of the
-    softmax (that of tokens elsewhere included) whose values were left out."""
+    """Float32 results of `attend_parts`: out, log-denominators of all tokens and of each part, and the most that the
+    share of the softmax (that of tokens elsewhere included) can be whose values were left out.
+
+    Log-denominators may lack tokens whose values were left out.
+    """
 
     out_GRd: Tensor
     lse_GR: Tensor
@@ -160,7 +163,7 @@ class Attention:
 def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_GR: Tensor | None = None) -> Attention:
     """Softmax attention of q, already scaled, over all tokens of all parts; every query sees every token.
 
-    Values may be left out whose shares of the softmax are together below `missed`; here none are. elsewhere_GR: log of
+    Tokens may be left out whose shares of the softmax are together below `missed`; here none are. elsewhere_GR: log of
     the sum of exp(logit) of tokens that are not in the parts; they count in these shares, and in nothing else.
     """
     G, R, _ = q_GRd.shape

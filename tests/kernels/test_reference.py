@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.overrides import TorchFunctionMode
 
-from herd.kernels import apply_rope, attend, dequantize_kv, expert_mlp, merge_partials, quantize_kv, rms_norm, swiglu
+from herd.kernels.reference import (
+    apply_rope,
+    attend,
+    dequantize_kv,
+    expert_mlp,
+    merge_partials,
+    quantize_kv,
+    rms_norm,
+    swiglu,
+)
 
 fast = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -297,6 +306,11 @@ def test_four_bits_hold_two_numbers_in_a_byte() -> None:
     assert dequantize_kv(q, scale, torch.float32).tolist() == [[-8.0, 7.0, 0.0, 3.0]]
     flipped, minus = quantize_kv(torch.tensor([[8.0, -7.0, 0.0, -3.0]]), 4)
     assert torch.equal(flipped, q) and minus.tolist() == [-1.0]
+
+
+def test_four_bits_of_numbers_that_fit_only_with_a_smaller_scale() -> None:
+    x = torch.tensor([[5.5e5, -4e5, 0.0, 1e5]])
+    assert torch.allclose(dequantize_kv(*quantize_kv(x, 4), torch.float32), x, rtol=0, atol=0.1 * 5.5e5)
 
 
 def test_four_bits_of_zeros_and_tiny_numbers() -> None:

@@ -10,13 +10,15 @@
 
 namespace herd {
 
-#define LEVEL(level)                  \
-  extern const Attend attend_##level; \
-  extern const Pack pack_##level;     \
-  extern const Linear linear_##level; \
-  extern const Causal causal_##level; \
-  extern const Layers layers_##level; \
-  static const Ops ops_##level = {#level, attend_##level, pack_##level, linear_##level, causal_##level, layers_##level};
+#define LEVEL(level)                    \
+  extern const Attend attend_##level;   \
+  extern const Keep keep_##level;       \
+  extern const Pack pack_##level;       \
+  extern const Linear linear_##level;   \
+  extern const Causal causal_##level;   \
+  extern const Layers layers_##level;   \
+  static const Ops ops_##level = {      \
+      #level, attend_##level, keep_##level, pack_##level, linear_##level, causal_##level, layers_##level};
 LEVEL(portable)
 #if defined(HERD_HAS_avx2)
 LEVEL(avx2)
@@ -95,6 +97,11 @@ API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd
                      float missed, const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse,
                      float* left_out) {
   herd::chosen()->attend(q, G, R, d, tokens, K, missed, elsewhere, threads, out, lse, part_lse, left_out);
+}
+
+API void herd_keep(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale,
+                   int64_t threads) {
+  herd::chosen()->keep(x, rows, d, bits, codes, scale, threads);
 }
 
 API void herd_causal(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H, int64_t G,

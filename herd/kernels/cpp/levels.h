@@ -40,12 +40,17 @@ struct Tokens {
 };
 
 // Attention of q [G, R, d], already scaled, over tokens [K, G]; d is a multiple of 64, at most 256. Results are
-// float32: out [G, R, d], log-denominators lse [G, R] and of each part [K, G, R], and the shares of the softmax whose
-// values were left out [G, R], each below `missed`. In these shares other tokens count too: elsewhere [G, R] is the log
-// of the sum of exp of their logits, which may be -inf.
+// float32: out [G, R, d], log-denominators lse [G, R] and of each part [K, G, R] of the tokens that were not passed over,
+// and the most that the shares of the softmax can be that were left out [G, R], each below `missed`. In these shares
+// other tokens count too: elsewhere [G, R] is the log of the sum of exp of their logits, which may be -inf.
 using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const Tokens*, int64_t K, float missed,
                         const float* elsewhere, int64_t threads, float* out, float* lse, float* part_lse,
                         float* left_out);
+
+// Codes [rows, d * bits / 8] and float16 scales [rows] of keys or values [rows, d] for Tokens. Those of a row with NaN, or
+// with numbers too large for float16, mean nothing; its scale is not finite.
+using Keep = void (*)(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale,
+                      int64_t threads);
 
 constexpr int64_t MOST_DIMENSIONS = 256;  // of a head; d is a multiple of 64
 
@@ -98,6 +103,7 @@ struct Layers {
 struct Ops {
   const char* name;
   Attend attend;
+  Keep keep;
   Pack pack;
   Linear linear;
   Causal causal;

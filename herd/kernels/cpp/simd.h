@@ -314,14 +314,17 @@ inline void store_halves(uint16_t* p, Float16 first, Float16 second) {
 }
 #endif
 
+inline float largest(Float16 a) {
+  float lanes[16];
+  store(lanes, a);
+  for (int i = 1; i < 16; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
 // The largest of 16 * k numbers.
 inline float largest(const float* x, int64_t count) {
   Float16 most = load(x);
   for (int64_t n = 16; n < count; n += 16) most = larger(most, load(x + n));
-  float lanes[16];
-  store(lanes, most);
-  for (int i = 1; i < 16; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-  return lanes[0];
+  return largest(most);
 }
 
 // Keys of 16 tokens, `row` bytes each, as bytes of weights: four bytes of all 16 tokens, then the next four, each with
