@@ -21,7 +21,7 @@ from herd.errors import HerdError
 from herd.eval import corpus, decode, report
 
 QUESTION = "What are the parameters of add_edge?"
-_EDIT = "HERD_EVALUATION_MARK = 20251\n"
+_EDIT = "HERD_EVALUATION_MARK = {}\n"
 _EDIT_QUESTION = "What is the value of HERD_EVALUATION_MARK?"
 
 
@@ -54,7 +54,8 @@ def context(
     progress("timing the tokens of an answer")
     going_on = _child("decode", model, store, question=QUESTION, max_tokens=decode.TOKENS)
     typical = sorted(files, key=lambda file: len(file.text))[len(files) // 2]
-    (sources / typical.name).write_text(edit(typical.text), encoding="utf-8")
+    # A number of each run's own: what a context has read before, it does not read again.
+    (sources / typical.name).write_text(edit(typical.text, int(time.time()) % 100_000), encoding="utf-8")
     progress("asking after an edit")
     after = _child("ask", model, store, paths=roots, question=_EDIT_QUESTION)
     return {
@@ -91,11 +92,11 @@ def _read(model: Model, store: Path, kv: str, roots: Sequence[str]) -> dict[str,
     return json.loads(figures.read_text())
 
 
-def edit(text: str) -> str:
+def edit(text: str, number: int) -> str:
     """The text with a constant before the first definition at top level in its second half, else at its end."""
     found = re.compile(r"^(?:@|def |class )", re.M).search(text, len(text) // 2)
     at = found.start() if found else len(text)
-    return text[:at] + _EDIT + text[at:]
+    return text[:at] + _EDIT.format(number) + text[at:]
 
 
 def _child(

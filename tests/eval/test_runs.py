@@ -88,7 +88,7 @@ def test_cost_of_a_context(model: herd.Model, tmp_path: Path) -> None:
     assert 0 <= one["missed_mass"] <= MISSED
     (again,) = evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)["results"]
     assert (again["read_s"], again["bytes_per_token"]) == (one["read_s"], one["bytes_per_token"])
-    assert again["edit_read_tokens"] == one["edit_read_tokens"], "the file was as before the edit"
+    assert again["edit_read_tokens"] > 0, "another edit"
     next(tmp_path.rglob("context-int8.json")).unlink()
     with pytest.raises(HerdError, match="remove"):
         evaluation.run("context", model, lengths=["4K"], workdir=tmp_path, progress=lambda note: None)
@@ -109,8 +109,8 @@ def test_decoding_reads_keys_and_weights_and_ends_nowhere_early(
 
 
 def test_the_edit_is_one_more_line() -> None:
-    assert context.edit("def a():\n    pass\n\n\ndef b():\n    pass\n").count("MARK = 20251\ndef b") == 1
-    assert context.edit("x = 1\n").startswith("x = 1\nHERD")
+    assert context.edit("def a():\n    pass\n\n\ndef b():\n    pass\n", 20251).count("MARK = 20251\ndef b") == 1
+    assert context.edit("x = 1\n", 1).startswith("x = 1\nHERD")
 
 
 @pytest.mark.parametrize("ignored", [{"lengths": ["8K"]}, {"lengths": [], "kv": "int4"}, {"lengths": [], "kv": "int8"}])
