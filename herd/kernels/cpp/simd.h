@@ -24,6 +24,7 @@ struct Float16 {
 inline Int16 zero_int() { return {_mm512_setzero_si512()}; }
 inline Int16 all_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Float16 zero_float() { return {_mm512_setzero_ps()}; }
+inline Float16 all_float(float x) { return {_mm512_set1_ps(x)}; }
 inline Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Float16 a) { _mm512_storeu_ps(p, a.v); }
 inline Float16 to_float(Int16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -32,6 +33,8 @@ inline Float16 fma(Float16 a, Float16 b, Float16 c) { return {_mm512_fmadd_ps(a.
 inline Float16 times(Float16 a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
 inline Float16 multiply(Float16 a, Float16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Float16 larger(Float16 a, Float16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+// A bit for each that is not less than b; NaN is not.
+inline uint32_t not_below(Float16 a, float b) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(b), _CMP_NLT_UQ); }
 
 // 16 outputs times 4 inputs of weights, as unsigned bytes.
 struct Bytes {
@@ -71,6 +74,7 @@ struct Float16 {
 inline Int16 zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Int16 all_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Float16 zero_float() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Float16 all_float(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, Float16 x) {
   _mm256_storeu_ps(p, x.a);
@@ -90,6 +94,11 @@ inline Float16 times(Float16 x, float y) {
 
 inline Float16 multiply(Float16 x, Float16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline Float16 larger(Float16 x, Float16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline uint32_t not_below(Float16 x, float y) {
+  const __m256 all = _mm256_set1_ps(y);
+  const int first = _mm256_movemask_ps(_mm256_cmp_ps(x.a, all, _CMP_NLT_UQ));
+  return (uint32_t)(first | _mm256_movemask_ps(_mm256_cmp_ps(x.b, all, _CMP_NLT_UQ)) << 8);
+}
 
 struct Bytes {
   __m256i a, b;
@@ -155,6 +164,10 @@ inline Float16 zero_float() {
   const float32x4_t z = vdupq_n_f32(0);
   return {{z, z, z, z}};
 }
+inline Float16 all_float(float x) {
+  const float32x4_t all = vdupq_n_f32(x);
+  return {{all, all, all, all}};
+}
 inline Float16 load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
 inline void store(float* p, Float16 x) {
   for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, x.v[i]);
@@ -181,6 +194,13 @@ inline Float16 multiply(Float16 x, Float16 y) {
 inline Float16 larger(Float16 x, Float16 y) {
   for (int i = 0; i < 4; i++) x.v[i] = vmaxq_f32(x.v[i], y.v[i]);
   return x;
+}
+inline uint32_t not_below(Float16 x, float y) {
+  static const uint32_t bits[4] = {1, 2, 4, 8};
+  uint32_t found = 0;
+  for (int i = 0; i < 4; i++)
+    found |= vaddvq_u32(vbicq_u32(vld1q_u32(bits), vcltq_f32(x.v[i], vdupq_n_f32(y)))) << 4 * i;
+  return found;
 }
 inline Bytes load_bytes(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
 inline Bytes low_nibbles(Bytes x) {
@@ -237,6 +257,11 @@ inline Int16 all_int(int32_t x) {
   return all;
 }
 inline Float16 zero_float() { return {}; }
+inline Float16 all_float(float x) {
+  Float16 all;
+  for (int i = 0; i < 16; i++) all.v[i] = x;
+  return all;
+}
 inline Float16 load(const float* p) {
   Float16 x;
   std::memcpy(x.v, p, sizeof x.v);
@@ -267,6 +292,11 @@ inline Float16 multiply(Float16 x, Float16 y) {
 inline Float16 larger(Float16 x, Float16 y) {
   for (int i = 0; i < 16; i++) x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i];
   return x;
+}
+inline uint32_t not_below(Float16 x, float y) {
+  uint32_t found = 0;
+  for (int i = 0; i < 16; i++) found |= (uint32_t)!(x.v[i] < y) << i;
+  return found;
 }
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes x;
