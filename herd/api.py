@@ -156,7 +156,7 @@ class Answer:
 
     quoted: it stands, after the name of what was asked for, in texts that the model looked at, or says that there is
     nothing (`herd.prompt.quotes`); else it is in the model's own words.
-    missed_mass: of no token's attention a larger share than this was not read (`herd.context.scan.MISSED`).
+    missed_mass: of no token's attention a larger share than this can have been left out (`herd.context.scan.MISSED`).
     """
 
     text: str

@@ -66,7 +66,7 @@ class ContextRow(KVRow):
 
     @property
     def missed(self) -> float:
-        """The most of any token's attention whose values were left out."""
+        """The most that any token's attention can be whose values were left out."""
         return self._missed
 
     def chunk_mass(self, at_least: float) -> dict[tuple[Store, int], float]:
