@@ -92,7 +92,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_level.restype = ctypes.c_char_p
     library.herd_use_level.argtypes = (ctypes.c_char_p,)
     library.herd_causal.argtypes = (_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _P, _I64)
-    library.herd_pack.argtypes = (_P, ctypes.POINTER(Weight), _I64)
+    library.herd_pack.argtypes = (_P, _I32, ctypes.POINTER(Weight), _I64)
     library.herd_linear.argtypes = (ctypes.POINTER(Weight), _P, _I64, _I64, _P, _I64, _I32, _I64)
     library.herd_large_pages.argtypes = (_P, _I64)
     library.herd_project.argtypes = (_P, _P, _P, _P, _I64)
@@ -191,8 +191,9 @@ def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     packed = _room.take(panels * PANEL * K * bits // 8)
     scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)
     weight = PackedWeight(packed, scale, (N, K), group, bits)
-    w_NK = w_NK.float().contiguous()
-    library().herd_pack(w_NK.data_ptr(), ctypes.byref(weight.struct()), torch.get_num_threads())
+    w_NK = w_NK.contiguous() if w_NK.dtype in _TYPES else w_NK.float().contiguous()
+    struct, threads = ctypes.byref(weight.struct()), torch.get_num_threads()
+    library().herd_pack(w_NK.data_ptr(), _TYPES[w_NK.dtype], struct, threads)
     return weight
 
 

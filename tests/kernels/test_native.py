@@ -52,6 +52,15 @@ def test_what_is_kept_of_strides_zeros_and_no_numbers(bits: int) -> None:
     assert torch.equal(native.quantize_kv(x, bits)[0][:, 1:], reference.quantize_kv(x, bits)[0][:, 1:])
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weights_in_bfloat16_are_packed_as_their_numbers(bits: int) -> None:
+    w_NK = torch.randn(70, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    half, wide = native.pack(w_NK, bits, 32), native.pack(w_NK.float(), bits, 32)
+    strided = native.pack(w_NK.T.contiguous().T, bits, 32)
+    for packed in (half, strided):
+        assert torch.equal(packed.packed, wide.packed) and torch.equal(packed.scale, wide.scale)
+
+
 def part(k_GNd: Tensor, v_GNd: Tensor, bits: int) -> KV:
     (k, k_scale), (v, v_scale) = quantize_kv(k_GNd, bits), quantize_kv(v_GNd, bits)
     return KV(k, v, k_scale, v_scale)

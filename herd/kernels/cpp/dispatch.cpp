@@ -86,7 +86,9 @@ API void herd_large_pages(uint8_t* from, int64_t bytes) {
 #endif
 }
 
-API void herd_pack(const float* w, herd::Weight* to, int64_t threads) { herd::chosen()->pack(w, *to, threads); }
+API void herd_pack(const void* w, int32_t type, herd::Weight* to, int64_t threads) {
+  herd::chosen()->pack(w, (herd::Type)type, *to, threads);
+}
 
 API void herd_linear(const herd::Weight* w, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride,
                      int32_t type, int64_t threads) {

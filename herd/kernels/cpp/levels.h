@@ -24,7 +24,7 @@ constexpr int64_t PANEL = 32;  // outputs that one tile computes together
 inline int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 
 // Fill the memory of a weight from numbers [N, K].
-using Pack = void (*)(const float* w, Weight&, int64_t threads);
+using Pack = void (*)(const void* w, Type, Weight&, int64_t threads);
 
 // x [M, K] times weight^T to out [M, N]; strides in elements; each row of x is quantised to int8 in the same groups.
 using Linear = void (*)(const Weight&, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride, Type,

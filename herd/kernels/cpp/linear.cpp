@@ -12,6 +12,13 @@ void write(const float* from, void* to, int64_t count, Type type) {
   }
 }
 
+// One row of numbers in float32: where it stands, or widened into `room`.
+const float* wide_row(const void* x, int64_t from, int64_t count, Type type, float* room) {
+  if (type == FLOAT32) return (const float*)x + from;
+  for (int64_t k = 0; k < count; k++) room[k] = widen(((const uint16_t*)x)[from + k]);
+  return room;
+}
+
 void linear(const Weight& w, const void* x, int64_t x_stride, int64_t M, void* out, int64_t out_stride, Type type,
             int64_t threads) {
   const int64_t size = type == FLOAT32 ? 4 : 2;
@@ -21,15 +28,7 @@ void linear(const Weight& w, const void* x, int64_t x_stride, int64_t M, void* o
   {
     Buffer<float> wide(w.K);
 #pragma omp for
-    for (int64_t row = 0; row < M; row++) {
-      const float* single = (const float*)x + row * x_stride;
-      if (type == BFLOAT16) {
-        const uint16_t* half = (const uint16_t*)x + row * x_stride;
-        for (int64_t k = 0; k < w.K; k++) wide.at[k] = widen(half[k]);
-        single = wide.at;
-      }
-      rows.put(single, row, 0, M);
-    }
+    for (int64_t row = 0; row < M; row++) rows.put(wide_row(x, row * x_stride, w.K, type, wide.at), row, 0, M);
     multiply(&product, 1, [&](int64_t, int64_t row, int64_t R, int64_t panel, const float* sums) {
       const int64_t count = least(PANEL, w.N - panel * PANEL);
       for (int64_t r = 0; r < R; r++)
@@ -63,23 +62,24 @@ void pack_output(const float* w, int64_t n, const Weight& to, uint8_t* cells, fl
   }
 }
 
-void pack(const float* w, Weight& to, int64_t threads) {
+void pack(const void* w, Type type, Weight& to, int64_t threads) {
   uint8_t* packed = (uint8_t*)to.packed;
   float* scale = (float*)to.scale;
 #pragma omp parallel num_threads(threads)
   {
     Buffer<uint8_t> room(to.K);
+    Buffer<float> wide(to.K);
 #pragma omp for
     for (int64_t panel = 0; panel < panels(to.N); panel++) {
       uint8_t* cells = packed + panel * PANEL * to.K * to.bits / 8;
       if (panel == to.N / PANEL)  // outputs that are not there
         std::memset(cells, to.bits == 8 ? 128 : to.bits == 4 ? 0x88 : 0, PANEL * to.K * to.bits / 8);
       for (int64_t n = panel * PANEL; n < least(to.N, (panel + 1) * PANEL); n++) {
+        const float* row = wide_row(w, n * to.K, to.K, type, wide.at);
         if (to.bits == 16)
-          for (int64_t k = 0; k < to.K; k++)
-            ((uint16_t*)cells)[(k / 2 * PANEL + n % PANEL) * 2 + k % 2] = narrow(w[n * to.K + k]);
+          for (int64_t k = 0; k < to.K; k++) ((uint16_t*)cells)[(k / 2 * PANEL + n % PANEL) * 2 + k % 2] = narrow(row[k]);
         else
-          pack_output(w + n * to.K, n, to, cells, scale, room.at);
+          pack_output(row, n, to, cells, scale, room.at);
       }
     }
   }
