@@ -7,8 +7,8 @@ An answer names something that the question names, and goes on as a text does af
 - `method NAME in class C`, as the headers of chunks say it;
 - `docs of NAME: def NAME(…)…`: a definition up to the end of the line where its docstring's first sentence ends, or to
   the end of the signature if it has none; or `docs of NAME: NAME…`, a line;
-- `The A of E…`: a line that holds A, or sets E, from E on, where A and E are words of the question; and in a next line
-  the same again, with words of this one for E;
+- `The A of E…`: a line that holds A, or sets E, from E on, where A and E are words of the question, as many as the line
+  holds; and in a next line the same again, with words of this one for E;
 - any of these names, and ` is not in the context.`
 
 Strings are UTF-8 bytes, because tokens may end within a character.
@@ -113,15 +113,21 @@ class Quotes:
 
     def _add_things(self, start: str, things: list[str], text: str | None) -> None:
         """`The A of E…` with the lines of a text that hold both, or without one."""
-        for thing in things:
-            for line, rest in [("", ABSENT)] if text is None else _lines(text, thing):
-                for attribute in self._attributes:
-                    apart = not {*attribute.lower().split()} & {*thing.lower().split()}
-                    if apart and (_SETS.match(rest) or _plain(attribute) in _plain(line or attribute)):
-                        # What a first line names may be a word like others.
-                        worth = Worth.POSSIBLE if start else self._worth(thing)
-                        sure = text is not None and worth is Worth.POSSIBLE
-                        self._add(f"{start}The {attribute} of {thing}{rest}", Worth.SURE if sure else worth)
+        odd = _ASKING_WORDS | _FUNCTION_WORDS
+        for thing in things if text is not None else _longest(things, kept=odd):
+            article = f"the {thing}" in things
+            # What a first line names may be a word like others.
+            worth = Worth.POSSIBLE if start else self._worth(thing)
+            apart = [a for a in self._attributes if not {*a.lower().split()} & {*thing.lower().split()}]
+            if text is None:
+                for attribute in [] if article else _longest(apart, kept=odd):
+                    self._add(f"{start}The {attribute} of {thing}{ABSENT}", worth)
+                continue
+            for line, rest in _lines(text, thing, article=article):
+                held = [a for a in apart if _plain(a) in _plain(line)]
+                for attribute in apart if _SETS.match(rest) and not held else _longest(held):
+                    sure = Worth.SURE if worth is Worth.POSSIBLE else worth
+                    self._add(f"{start}The {attribute} of {thing}{rest}", sure)
 
     def _add_definition(self, text: str, at: int, name: str) -> None:
         end = bracket_end(text, text.find("(", at), at + MAX_SIGNATURE)
@@ -206,10 +212,18 @@ def _stands(text: str, words: str) -> bool:
     return next(_places(text, words, fold=True), None) is not None
 
 
-def _lines(text: str, words: str) -> Iterator[tuple[str, str]]:
-    """The lines of a text where words stand, and what follows them there."""
+def _longest(phrases: list[str], kept: frozenset[str] = frozenset()) -> list[str]:
+    """Those that are no part of another; kept: words whose phrases have no parts."""
+    whole = [p for p in phrases if kept.isdisjoint(p.lower().split())]
+    return [p for p in phrases if not any(p != other and f" {p} " in f" {other} " for other in whole)]
+
+
+def _lines(text: str, words: str, *, article: bool) -> Iterator[tuple[str, str]]:
+    """The lines of a text where words stand, and what follows them there; article: not behind `the`, which is another
+    phrase."""
     for at in _places(text, words, fold=True):
-        if rest := _line(text, at + len(words)):
+        behind = article and text[max(at - 4, 0) : at].lower() == "the "
+        if not behind and (rest := _line(text, at + len(words))):
             yield text[text.rfind("\n", 0, at) + 1 : at + len(words)] + rest, rest
 
 

@@ -53,6 +53,19 @@ def test_a_fact_names_attribute_and_entity() -> None:
     assert "The build id of the old miller: build id 3" not in allowed("Which build id has Old Mill?", text)
 
 
+def test_a_fact_names_as_much_as_its_line_holds() -> None:
+    question, start = "Please state which build id the old mill has.", "The build id of the old mill"
+    quotes = Quotes(question)
+    shorter = (b"The build of the old", b"The build of mill", b"The build id of old", b"The build id of mill")
+    assert not [answer for answer in quotes.go_on(b"") if answer.startswith(shorter)]
+    assert (start + ABSENT).encode() in quotes.go_on(b"")
+    text = "The old mill has build id 7\nold mill, build 8\n"
+    answers = allowed(question, text)
+    assert {f"{start} has build id 7", "The build of old mill, build 8"} < answers
+    shortened = {"The build of the old mill has build id 7", "The build id of old mill has build id 7"}
+    assert not shortened & answers
+
+
 def test_a_second_hop_goes_on_from_the_first_line() -> None:
     quotes = Quotes("What is the salary of the boss of Ann Lee?")
     quotes.see("", "Ann Lee's boss is Bo Ek\n")
