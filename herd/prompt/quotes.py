@@ -8,7 +8,7 @@ An answer names something that the question names, and goes on as a text does af
 - `docs of NAME: def NAME(…)…`: a definition up to the end of the line where its docstring's first sentence ends, or to
   the end of the signature if it has none; or `docs of NAME: NAME…`, a line;
 - `The A of E…`: a line that holds A, or sets E, from E on, where A and E are words of the question, as many as the line
-  holds; and in a next line the same again, with words of this one for E;
+  holds; and in a next line the same again, with another A and words of this one for E;
 - any of these names, and ` is not in the context.`
 
 Strings are UTF-8 bytes, because tokens may end within a character.
@@ -118,7 +118,8 @@ class Quotes:
             article = f"the {thing}" in things
             # What a first line names may be a word like others.
             worth = Worth.POSSIBLE if start else self._worth(thing)
-            apart = [a for a in self._attributes if not {*a.lower().split()} & {*thing.lower().split()}]
+            unsaid = [a for a in self._attributes if not start.startswith(f"The {a} of ")]
+            apart = [a for a in unsaid if not {*a.lower().split()} & {*thing.lower().split()}]
             if text is None:
                 for attribute in [] if article else _longest(apart, kept=odd):
                     self._add(f"{start}The {attribute} of {thing}{ABSENT}", worth)

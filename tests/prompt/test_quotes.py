@@ -74,6 +74,7 @@ def test_a_second_hop_goes_on_from_the_first_line() -> None:
     quotes.see("", "salary (Bo Ek): 12\n")
     assert first + b"\nThe salary of Bo Ek): 12" in quotes.go_on(first)
     assert first + b"\nThe salary of Bo Ek" + ABSENT.encode() in quotes.go_on(first + b"\n")
+    assert not [answer for answer in quotes.go_on(first + b"\n") if answer.startswith(first + b"\nThe boss of")]
 
 
 def test_without_a_text_only_absence_is_left() -> None:
