@@ -67,8 +67,10 @@ class Quotes:
         self._answers = dict[bytes, Worth]()
         self._telling = _telling(question)
         for name in self._names:
-            for opening in ("", "def ", "method ", "docs of "):
-                self._add(opening + name + ABSENT, self._worth(name))
+            worth = self._worth(name)
+            # An ordinary word beside a name is hardly the name of a function.
+            for opening in ("",) if worth is Worth.DOUBTFUL else ("", "def ", "method ", "docs of "):
+                self._add(opening + name + ABSENT, worth)
         self._add_things("", self._things, None)
 
     def see(self, header: str, text: str) -> None:

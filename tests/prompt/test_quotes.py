@@ -106,6 +106,7 @@ def test_what_tells_what_it_names_is_sure() -> None:
     assert worth["LIMIT)"] is worth["LIMIT" + ABSENT] is Worth.POSSIBLE
     # An ordinary word is doubtful beside a name, but for its definition.
     assert worth["send = 3"] is worth["send" + ABSENT] is Worth.DOUBTFUL
+    assert "def send" + ABSENT not in worth and worth["def LIMIT" + ABSENT] is Worth.POSSIBLE
 
 
 def test_ordinary_words_are_not_doubtful_alone() -> None:
