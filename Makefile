@@ -54,6 +54,7 @@ bench: cria
 	$(BIN)/python -m bench.side_by_side
 	$(BIN)/python bench/scan.py --tokens 1000000 --reference > bench/results/scan-1M.json
 	$(BIN)/python bench/scan.py --tokens 10000000 > bench/results/scan-10M.json
+	$(BIN)/python tools/readme.py
 
 sanitize: $(DONE)/dev
 	$(BIN)/python tools/sanitize.py

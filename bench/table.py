@@ -1,6 +1,8 @@
 """The result file of `bench.side_by_side` as tables to read.
 
 python -m bench.table [bench/results/side-by-side.json]
+
+`ratios` says how many times as fast as its peers Herd is, beside what is asked for.
 """
 
 import json
@@ -14,6 +16,24 @@ from bench.limits import decode_bytes, prefill_operations
 from bench.peers import SUBJECTS
 
 FILE = Path("bench/results/side-by-side.json")
+EIGHT, FOUR = ("herd int8", ("llama.cpp Q8_0",)), ("herd int4", ("llama.cpp Q4_0",))
+LLAMA = ("llama.cpp Q8_0", "llama.cpp Q4_0")
+ANY = (*LLAMA, "vllm bf16", "vllm bf16 eager", "transformers bf16")
+# Case, figure, Herd's subject, the peers of which the best counts, times as fast at least.
+GOALS = (
+    ("mid-512", "decode", *EIGHT, 1.5),
+    ("mid-512", "decode", *FOUR, 1.5),
+    ("mid-4K", "decode", *EIGHT, 2.0),
+    ("mid-4K", "decode", *FOUR, 2.0),
+    ("mid-512", "prefill", "herd int8", LLAMA, 2.5),
+    ("mid-4K", "prefill", "herd int8", LLAMA, 3.5),
+    ("mid-16K", "prefill", "herd int8", LLAMA, 5.0),
+    ("small-16x", "total", "herd int8", ANY, 1.5),
+    ("mid-16x", "total", "herd int8", ANY, 1.5),
+    ("small-128K", "total", "herd context int8", ANY, 4.0),
+)
+SHARES = (("decode", "share of read", 0.75), ("prefill", "share of peak", 0.60))
+WHAT = {"decode": "making tokens", "prefill": "reading the prompt", "total": "both"}
 
 
 def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[str, float]:
@@ -32,6 +52,26 @@ def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[s
         out["share of read"] = out["decode"] * moved / limits["read_bytes_per_s"]
         out["share of peak"] = out["prefill"] * done / peak
     return out
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """Markdown: a row for each goal that was measured, and the shares of what the machine can do."""
+    lines = ["| what | measured | goal |", "|---|---|---|"]
+    for title, figure, ours, peers, goal in GOALS:
+        found = result["cases"].get(title, {"subjects": {}})["subjects"]
+        speeds = {name: figures(result["cases"][title], name, {})[figure] for name in found if "runs" in found[name]}
+        able = [name for name in peers if name in speeds]
+        if ours in speeds and able:
+            best = max(able, key=lambda name: speeds[name])
+            what = f"{title}, {WHAT[figure]}: {ours} beside {best}"
+            lines.append(f"| {what} | {speeds[ours] / speeds[best]:.2f} × | ≥ {goal:g} × |")
+    for figure, share, goal in SHARES:
+        for title, case in result["cases"].items():
+            if case["model"] == "mid" and case["sequences"] == 1:
+                reached = [figures(case, name, result["limits"])[share] for name in ("herd int8", "herd int4")]
+                what = f"{title}, {WHAT[figure]}: {share.replace('share', 'share in 8 and 4 bits')}"
+                lines.append(f"| {what} | {reached[0]:.0%}, {reached[1]:.0%} | ≥ {goal:.0%} |")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -74,4 +114,5 @@ def _many(case: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else FILE).read_text())))
+    result = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else FILE).read_text())
+    print(ratios(result), table(result), sep="\n\n")

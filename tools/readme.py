@@ -1,7 +1,7 @@
-"""Fill README.md's measured table from eval/*.json and its transcript from eval/demo.txt.
+"""Fill in what README.md and docs/benchmarks.md say of committed results: eval/*.json, eval/demo.txt, bench/results.
 
-Usage: python tools/readme.py [--check]. With --check nothing is written; exit code 1 if the README is not up to date.
-No figure is typed by hand: the table holds what the committed results hold.
+Usage: python tools/readme.py [--check]. With --check nothing is written; exit code 1 if a text is not up to date.
+No figure is typed by hand: the tables hold what the results hold.
 """
 
 import json
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import table as beside  # noqa: E402
+
 TEN_MILLION = 10_000_000
 
 
@@ -101,10 +104,24 @@ def transcript(path: Path) -> str:
     return f"```\n{path.read_text(encoding='utf-8').strip()}\n```"
 
 
-def filled(readme: str) -> str:
-    """The README with both parts between their markers replaced."""
-    readme = _put(readme, "measured", table(ROOT / "eval"))
-    return _put(readme, "transcript", transcript(ROOT / "eval" / "demo.txt"))
+def texts() -> dict[Path, str]:
+    """Every text that holds results, with what stands between its markers replaced."""
+    sped = json.loads((ROOT / beside.FILE).read_text(encoding="utf-8"))
+    parts = {
+        "README.md": {
+            "measured": table(ROOT / "eval"),
+            "transcript": transcript(ROOT / "eval" / "demo.txt"),
+            "beside": beside.ratios(sped),
+        },
+        "docs/benchmarks.md": {"tables": beside.table(sped).strip()},
+    }
+    found = {}
+    for name, its in parts.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for marker, part in its.items():
+            text = _put(text, marker, part)
+        found[ROOT / name] = text
+    return found
 
 
 def _put(text: str, name: str, part: str) -> str:
@@ -126,13 +143,13 @@ def _size(tokens: int | None) -> str:
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = filled(old)
+    stale = {path: text for path, text in texts().items() if path.read_text(encoding="utf-8") != text}
     if "--check" in sys.argv[1:]:
-        print("README: up to date" if old == new else "README.md does not match eval/; run: python tools/readme.py")
-        return int(old != new)
-    path.write_text(new, encoding="utf-8")
+        names = ", ".join(path.name for path in stale)
+        print(f"not what the results say: {names}; run: python tools/readme.py" if stale else "up to date")
+        return int(bool(stale))
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
