@@ -115,18 +115,16 @@ class Quotes:
 
     def _add_things(self, start: str, things: list[str], text: str | None) -> None:
         """`The A of E…` with the lines of a text that hold both, or without one."""
-        odd = _ASKING_WORDS | _FUNCTION_WORDS
-        for thing in things if text is not None else _longest(things, kept=odd):
-            article = f"the {thing}" in things
+        for thing in things:
             # What a first line names may be a word like others.
             worth = Worth.POSSIBLE if start else self._worth(thing)
             unsaid = [a for a in self._attributes if not start.startswith(f"The {a} of ")]
             apart = [a for a in unsaid if not {*a.lower().split()} & {*thing.lower().split()}]
             if text is None:
-                for attribute in [] if article else _longest(apart, kept=odd):
+                for attribute in apart:
                     self._add(f"{start}The {attribute} of {thing}{ABSENT}", worth)
                 continue
-            for line, rest in _lines(text, thing, article=article):
+            for line, rest in _lines(text, thing, article=f"the {thing}" in things):
                 held = [a for a in apart if _plain(a) in _plain(line)]
                 for attribute in apart if _SETS.match(rest) and not held else _longest(held):
                     sure = Worth.SURE if worth is Worth.POSSIBLE else worth
@@ -215,10 +213,9 @@ def _stands(text: str, words: str) -> bool:
     return next(_places(text, words, fold=True), None) is not None
 
 
-def _longest(phrases: list[str], kept: frozenset[str] = frozenset()) -> list[str]:
-    """Those that are no part of another; kept: words whose phrases have no parts."""
-    whole = [p for p in phrases if kept.isdisjoint(p.lower().split())]
-    return [p for p in phrases if not any(p != other and f" {p} " in f" {other} " for other in whole)]
+def _longest(phrases: list[str]) -> list[str]:
+    """Those that are no part of another."""
+    return [p for p in phrases if not any(p != other and f" {p} " in f" {other} " for other in phrases)]
 
 
 def _lines(text: str, words: str, *, article: bool) -> Iterator[tuple[str, str]]:
