@@ -38,10 +38,16 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         elif kind == "context":
             yield from _context(one, size)
         elif kind == "perplexity":
-            change = f"{one['change_percent']:+.2f} %" if "change_percent" in one else "not measured"
-            yield f"perplexity of {one['text']} against the base model", change, "≤ +2 %"
-            if "change_percent" in one.get("after_bos", {}):
-                yield "the same after a BOS token", f"{one['after_bos']['change_percent']:+.2f} %", ""
+            yield from _perplexity(one)
+
+
+def _perplexity(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    after, name = one["after_bos"], f"perplexity of {one['text']}"
+    if "change_percent" not in one:
+        yield f"{name} after a BOS token", f"{after['perplexity']:.2f}", ""
+        return
+    yield f"{name} against the base model", f"{one['change_percent']:+.2f} %", "≤ +2 %"
+    yield "the same after a BOS token", f"{after['change_percent']:+.2f} % ({after['perplexity']:.2f})", ""
 
 
 def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
