@@ -99,7 +99,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_finish.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_run.argtypes = (_P, _P, _I64, _P, _P, _I64, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _P, _I64, _P, _P, _P, _P)
-    library.herd_keep.argtypes = (_P, _I64, _I64, _I32, _P, _P, _I64)
+    library.herd_keep.argtypes = (_P, _I64, _I64, _I32, _P, _P)
     return library, library.herd_level().decode()
 
 
@@ -140,8 +140,7 @@ def quantize_kv(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     d, x = x.shape[-1], x.float().contiguous()
     codes = torch.empty(*x.shape[:-1], d * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
     scale = torch.empty(x.shape[:-1], dtype=torch.float16)
-    results, threads = (codes.data_ptr(), scale.data_ptr()), torch.get_num_threads()
-    library().herd_keep(x.data_ptr(), scale.numel(), d, bits, *results, threads)
+    library().herd_keep(x.data_ptr(), scale.numel(), d, bits, codes.data_ptr(), scale.data_ptr())
     return codes, scale
 
 

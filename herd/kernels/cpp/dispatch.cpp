@@ -101,9 +101,8 @@ API void herd_attend(const float* q, int64_t G, int64_t R, int64_t d, const herd
   herd::chosen()->attend(q, G, R, d, tokens, K, missed, elsewhere, threads, out, lse, part_lse, left_out);
 }
 
-API void herd_keep(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale,
-                   int64_t threads) {
-  herd::chosen()->keep(x, rows, d, bits, codes, scale, threads);
+API void herd_keep(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale) {
+  herd::chosen()->keep(x, rows, d, bits, codes, scale);
 }
 
 API void herd_causal(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t B, int64_t T, int64_t H, int64_t G,

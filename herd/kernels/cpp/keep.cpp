@@ -71,8 +71,7 @@ uint16_t keep_4(const float* x, int64_t d, uint8_t* codes) {
   return scale;
 }
 
-void keep(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+void keep(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale) {
   for (int64_t row = 0; row < rows; row++)
     scale[row] = (bits == 8 ? keep_8 : keep_4)(x + row * d, d, codes + row * d * bits / 8);
 }

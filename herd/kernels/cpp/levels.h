@@ -48,9 +48,9 @@ using Attend = void (*)(const float* q, int64_t G, int64_t R, int64_t d, const T
                         float* left_out);
 
 // Codes [rows, d * bits / 8] and float16 scales [rows] of keys or values [rows, d] for Tokens. Those of a row with NaN, or
-// with numbers too large for float16, mean nothing; its scale is not finite.
-using Keep = void (*)(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale,
-                      int64_t threads);
+// with numbers too large for float16, mean nothing; its scale is not finite. In the thread that calls, so that a forked
+// process can.
+using Keep = void (*)(const float* x, int64_t rows, int64_t d, int32_t bits, uint8_t* codes, uint16_t* scale);
 
 constexpr int64_t MOST_DIMENSIONS = 256;  // of a head; d is a multiple of 64
 
