@@ -32,7 +32,7 @@ GOALS = (
     ("mid-16x", "total", "herd int8", ANY, 1.5),
     ("small-128K", "total", "herd context int8", ANY, 4.0),
 )
-SHARES = (("decode", "share of read", 0.75), ("prefill", "share of peak", 0.60))
+SHARES = (("decode", "share of memory read", 0.75), ("prefill", "share of GEMM peak", 0.60))
 WHAT = {"decode": "making tokens", "prefill": "reading the prompt", "total": "both"}
 
 
@@ -49,8 +49,8 @@ def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[s
         moved = decode_bytes(cfg, subject.weight_bits, subject.kv_bits, case["prompt"] + case["new"] // 2)
         done = prefill_operations(cfg, case["prompt"]) / case["prompt"]
         peak = limits["bf16_ops_per_s" if subject.weight_bits == 16 else "int8_ops_per_s"]
-        out["share of read"] = out["decode"] * moved / limits["read_bytes_per_s"]
-        out["share of peak"] = out["prefill"] * done / peak
+        out["share of memory read"] = out["decode"] * moved / limits["read_bytes_per_s"]
+        out["share of GEMM peak"] = out["prefill"] * done / peak
     return out
 
 
@@ -69,7 +69,7 @@ def ratios(result: dict[str, Any]) -> str:
         for title, case in result["cases"].items():
             if case["model"] == "mid" and case["sequences"] == 1:
                 reached = [figures(case, name, result["limits"])[share] for name in ("herd int8", "herd int4")]
-                what = f"{title}, {WHAT[figure]}: {share.replace('share', 'share in 8 and 4 bits')}"
+                what = f"{title}, {WHAT[figure]}: {share} in 8 and 4 bits"
                 lines.append(f"| {what} | {reached[0]:.0%}, {reached[1]:.0%} | ≥ {goal:.0%} |")
     return "\n".join(lines)
 
@@ -95,7 +95,7 @@ def _single(case: dict[str, Any], limits: dict[str, float]) -> list[str]:
             lines.append(f"| {name} | cannot: {found['refused']} | | | | |")
             continue
         f = figures(case, name, limits)
-        shares = [f"{f[key]:.0%}" if key in f else "" for key in ("share of peak", "share of read")]
+        shares = [f"{f[key]:.0%}" if key in f else "" for key in ("share of GEMM peak", "share of memory read")]
         cells = [f"{f['prefill']:,.0f}", shares[0], f"{f['decode']:,.1f}", shares[1], f"{found['peak_gb']:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
