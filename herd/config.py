@@ -1,4 +1,4 @@
-"""Architecture of the Llama 4 text decoder as data, in Hugging Face's field names (spec §1)."""
+"""Architecture of Llama 4 as data, in Hugging Face's field names: text decoder (spec §1) and image encoder (§4)."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -65,10 +65,10 @@ class TextConfig:
         # Null means "none" for these two; a dense model's step is never used (Hugging Face writes 0, spec §1.5).
         positive += [n for n in ("attention_chunk_size", "nope_layer_interval") if getattr(self, n) is not None]
         positive += ["interleave_moe_layer_step"] if self.moe_layers is None and self.num_local_experts else []
-        self._check_positive(positive)
+        _check_positive(self, positive)
         layers = range(self.num_hidden_layers)
         widths = {"intermediate_size" if self.is_moe(i) else "intermediate_size_mlp" for i in layers}
-        self._check_positive(sorted(widths))
+        _check_positive(self, sorted(widths))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
@@ -84,12 +84,6 @@ class TextConfig:
             raise ConfigError(f"moe_layers names layers {outside}; the model has layers 0 to {layers[-1]}")
         if any(self.is_moe(i) for i in layers) and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ConfigError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_local_experts} experts")
-
-    def _check_positive(self, names: list[str]) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
     def is_local(self, layer: int) -> bool:
         """True for RoPE layers with chunked attention, False for global (NoPE) layers."""
@@ -164,6 +158,117 @@ class TextConfig:
         return raw
 
 
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder, the projector into the decoder, and the ids that stand for images in a text."""
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 34
+    num_attention_heads: int = 16
+    intermediate_size: int = 5632
+    image_size: int = 336  # pixels of a tile's side
+    patch_size: int = 14
+    num_channels: int = 3
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    pixel_shuffle_ratio: float = 0.5
+    vision_output_dim: int = 4096
+    projector_input_dim: int = 4096
+    projector_output_dim: int = 4096
+    boi_token_index: int = 200080
+    eoi_token_index: int = 200081
+    image_token_index: int = 200092  # takes the place of one patch
+
+    def __post_init__(self) -> None:
+        _check_positive(self, [f.name for f in fields(self) if f.type is int or f.type == "int"])
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"tiles of {self.image_size} pixels cannot be cut into patches of {self.patch_size}")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ConfigError(
+                f"{self.num_attention_heads} heads cannot share hidden_size {self.hidden_size} in whole pairs for "
+                "width and height"
+            )
+        shrunk = self.pixel_shuffle_ratio * self.grid
+        if not 0 < self.pixel_shuffle_ratio <= 1 or shrunk % 1 or self.grid % shrunk:
+            raise ConfigError(f"pixel_shuffle_ratio {self.pixel_shuffle_ratio} does not divide {self.grid} patches")
+        if self.projector_input_dim != self.projector_output_dim or self.vision_output_dim != self.projector_input_dim:
+            raise ConfigError(
+                f"vision_output_dim {self.vision_output_dim}, projector_input_dim {self.projector_input_dim} and "
+                f"projector_output_dim {self.projector_output_dim} must be the same"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches on a tile's side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def shuffled(self) -> int:
+        """Neighbouring patches that become one token."""
+        return round(1 / self.pixel_shuffle_ratio) ** 2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.grid**2 // self.shuffled
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Parameters of encoder, adapter and projector into a decoder of this hidden_size (spec §4.2)."""
+        c = self
+        D, F, out = c.hidden_size, c.intermediate_size, c.projector_output_dim
+        block = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 4 * D
+        patches = c.num_channels * c.patch_size**2 * D
+        encoder = patches + D + (c.grid**2 + 1) * D + 4 * D + c.num_hidden_layers * block
+        adapter = D * c.shuffled * c.projector_input_dim + c.projector_input_dim * out
+        return encoder + adapter + c.vision_output_dim * hidden_size
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "VisionConfig | None":
+        """The image part of a Hugging Face config.json; None if it describes a text model."""
+        vision = raw.get("vision_config")
+        if not isinstance(vision, dict):
+            return None
+        if vision.get("model_type", "llama4_vision_model") != "llama4_vision_model":
+            raise ConfigError(f"the vision model is {vision['model_type']!r}; expected 'llama4_vision_model'")
+        known = {f.name for f in fields(cls)}
+        values = {k: v for part in (raw, vision) for k, v in part.items() if k in known and v is not None}
+        missing = [f.name for f in fields(cls)[:13] if f.name not in values and f.name != "rope_theta"]
+        if missing:
+            raise ConfigError(f"vision_config lacks {', '.join(missing)}")
+        values["rope_theta"] = float((vision.get("rope_parameters") or vision).get("rope_theta") or 10000.0)
+        for name, expected in _VISION_FIXED.items():
+            if vision.get(name, expected) != expected:
+                raise ConfigError(f"{name} of the vision model is {vision[name]!r}; Llama 4 has {expected!r}")
+        return cls(**values)
+
+    def to_hf(self, text: TextConfig) -> dict[str, Any]:
+        """A config.json of a multimodal model with this decoder."""
+        raw: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        head = {name: raw.pop(name) for name in ("boi_token_index", "eoi_token_index", "image_token_index")}
+        raw |= {"model_type": "llama4_vision_model", **_VISION_FIXED}
+        raw["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        decoder = text.to_hf()
+        head |= {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}
+        head["tie_word_embeddings"] = text.tie_word_embeddings
+        del decoder["architectures"]
+        return {**head, "text_config": decoder, "vision_config": raw}
+
+
+# What transformers' class could have otherwise and Llama 4 does not.
+_VISION_FIXED = {
+    "hidden_act": "gelu",
+    "multi_modal_projector_bias": False,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+
+
+def _check_positive(cfg: TextConfig | VisionConfig, names: list[str]) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
 _REQUIRED = tuple(f.name for f in fields(TextConfig))[:11]
 
 
@@ -232,4 +337,5 @@ BEHEMOTH_ASSUMED = replace(
     intermediate_size_mlp=48128,
     max_position_embeddings=1048576,
 )
+VISION = VisionConfig()  # of Scout and Maverick
 PRESETS = {"scout": SCOUT, "maverick": MAVERICK, "behemoth-assumed": BEHEMOTH_ASSUMED}
