@@ -164,7 +164,8 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
 
 
 class _Room:
-    """Large pieces of memory that weights are cut from, one behind the other, so that they lie in large pages."""
+    """Large pieces of memory that weights are cut from, one behind the other, so that they lie in large pages. Without
+    the library, pages are as they are."""
 
     def __init__(self) -> None:
         self._piece, self._used = torch.empty(0, dtype=torch.uint8), 0
@@ -172,7 +173,8 @@ class _Room:
     def take(self, nbytes: int) -> Tensor:
         if self._used + nbytes > len(self._piece):
             self._piece, self._used = torch.empty(max(nbytes, _PIECE), dtype=torch.uint8), 0
-            library().herd_large_pages(self._piece.data_ptr(), len(self._piece))
+            if (library := load()[0]) is not None:
+                library.herd_large_pages(self._piece.data_ptr(), len(self._piece))
         taken = self._piece[self._used : self._used + nbytes]
         self._used += -(-nbytes // 64) * 64  # lines of the cache
         return taken
@@ -182,12 +184,17 @@ _PIECE = 256 << 20  # bytes; what is not used is never touched
 _room = _Room()
 
 
+def room(nbytes: int) -> Tensor:
+    """Memory for a weight, uint8 [nbytes]."""
+    return _room.take(nbytes)
+
+
 def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     """As `reference.pack`; 16 bits are bfloat16, where group counts for nothing."""
     N, K = w_NK.shape
     group = K if bits == 16 else fitting_group(K, group)
     panels = -(-N // PANEL)
-    packed = _room.take(panels * PANEL * K * bits // 8)
+    packed = room(panels * PANEL * K * bits // 8)
     scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)
     weight = PackedWeight(packed, scale, (N, K), group, bits)
     w_NK = w_NK.contiguous() if w_NK.dtype in _TYPES else w_NK.float().contiguous()
