@@ -14,6 +14,7 @@ from herd.errors import ConfigError
 from herd.kernels import rms_norm
 from herd.model.attention import Attention
 from herd.model.cache import Cache
+from herd.model.fusion import Patches, fuse
 from herd.model.moe import DenseMLP, MoE
 from herd.model.packed import Packed
 
@@ -70,19 +71,34 @@ class Transformer(nn.Module):
         """The layers, bottom to top."""
         return cast(list[Block], list(self.model.layers))
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        patches: Patches | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] in float32. Arguments as for `states`."""
-        return self.logits(self.states(ids_BT, positions_BT, cache))
+        return self.logits(self.states(ids_BT, positions_BT, cache, patches))
 
-    def states(self, ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def states(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        patches: Patches | None = None,
+    ) -> Tensor:
         """What the layers make of the tokens, [B, T, D].
 
         Without a cache each row is a whole sequence from position 0. With one, the new tokens follow what it
-        remembers; position -1 marks padding, which must stand right of the row's real tokens.
+        remembers; position -1 marks padding, which must stand right of the row's real tokens. patches: of images,
+        which take the places of some tokens' embeddings.
         """
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.model.embed_tokens(ids_BT)
+        if patches is not None:
+            x_BTD = fuse(x_BTD, patches)
         if self.packed is not None:
             return self.packed.states(x_BTD, positions_BT, cache)
         for block in self.model.layers:

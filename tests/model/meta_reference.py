@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from herd.config import TextConfig
+from herd.config import TextConfig, VisionConfig
 
 VERSION = "0.3.0"
 
@@ -65,6 +65,7 @@ def load() -> ModuleType:
     stand_ins = _stand_ins()
     sys.modules.update(stand_ins)
     try:
+        importlib.import_module("llama_models.llama4.vision.embedding")
         return importlib.import_module("llama_models.llama4.model")
     finally:
         for name in stand_ins:
@@ -125,6 +126,40 @@ _NAMES = {
     "up_proj": "w3",
     "down_proj": "w2",
 }
+_VISION_NAMES = {
+    "vision_model.vision_adapter": "vision_embeddings.vision_adapter",
+    "vision_adapter.mlp.fc1": "vision_adapter.mlp.c_fc",
+    "vision_adapter.mlp.fc2": "vision_adapter.mlp.c_proj",
+    "vision_model": "vision_embeddings.vision_encoder",
+    "patch_embedding.linear": "conv1._linear",
+    "model.layers": "transformer.resblocks",
+    "self_attn.q_proj": "attn.wq",
+    "self_attn.k_proj": "attn.wk",
+    "self_attn.v_proj": "attn.wv",
+    "self_attn.o_proj": "attn.wo",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "layernorm_pre": "ln_pre",
+    "layernorm_post": "ln_post",
+    "multi_modal_projector.linear_1": "vision_projection",
+}
+
+
+def vision_arguments(cfg: VisionConfig) -> dict[str, Any]:
+    """Meta's VisionArgs for a config it can express."""
+    assert cfg.rope_theta == 10000 and cfg.norm_eps == 1e-5
+    return {
+        "image_size": {"height": cfg.image_size, "width": cfg.image_size},
+        "patch_size": {"height": cfg.patch_size, "width": cfg.patch_size},
+        "dim": cfg.hidden_size,
+        "n_layers": cfg.num_hidden_layers,
+        "n_heads": cfg.num_attention_heads,
+        "mlp_ratio": cfg.intermediate_size / cfg.hidden_size,
+        "output_dim": cfg.vision_output_dim,
+        "pixel_shuffle_ratio": cfg.pixel_shuffle_ratio,
+    }
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,21 +177,49 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(name: str) -> str:
-    for ours, theirs in _NAMES.items():
+    vision = name.startswith(("vision_model", "multi_modal_projector"))
+    for ours, theirs in (_VISION_NAMES if vision else _NAMES).items():
         name = name.replace(ours, theirs)
     return name
 
 
-class Reference:
-    """Meta's transformer with our weights."""
+# Pixels of each image, for each row of a batch, and where the rows have patches.
+Images = tuple[Tensor, list[list[Tensor]]]
 
-    def __init__(self, cfg: TextConfig, weights: dict[str, Tensor], max_length: int) -> None:
+
+class Reference:
+    """Meta's transformer with our weights; with `vision`, those of an image encoder are among them."""
+
+    def __init__(
+        self, cfg: TextConfig, weights: dict[str, Tensor], max_length: int, vision: VisionConfig | None = None
+    ) -> None:
         self._module = load()
-        args = self._module.ModelArgs(**arguments(cfg, max_length))
+        args = arguments(cfg, max_length) | ({"vision_args": vision_arguments(vision)} if vision else {})
         with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
-            self._model = self._module.Transformer(args).eval()
+            self._model = self._module.Transformer(self._module.ModelArgs(**args)).eval()
+        self._model.float()  # the encoder would be in bfloat16
         self._model.load_state_dict(convert(weights), strict=True)
 
-    def __call__(self, ids_BT: Tensor, start: int = 0) -> Tensor:
+    def __call__(self, ids_BT: Tensor, start: int = 0, images: Images | None = None) -> Tensor:
         """Logits [B, T, V] of tokens that stand at start, start + 1, ..."""
-        return self._model(self._module.TransformerInput(tokens=ids_BT, tokens_position=start)).logits
+        embedding = None
+        if images is not None:
+            mask, pixels = images
+            rows = self._model.vision_embeddings(pixels, mask.unsqueeze(-1), self._like(ids_BT))
+            embedding = types().MaskedEmbedding(rows, mask.unsqueeze(-1))
+        given = self._module.TransformerInput(tokens=ids_BT, tokens_position=start, image_embedding=embedding)
+        return self._model(given).logits
+
+    def features(self, mask_BT: Tensor, pixels: list[list[Tensor]]) -> Tensor:
+        """What takes the places of all patches, [N, D]."""
+        rows = self._model.vision_embeddings(pixels, mask_BT.unsqueeze(-1), self._like(mask_BT.long()))
+        return self._model.vision_projection(rows)[mask_BT]
+
+    def _like(self, ids_BT: Tensor) -> Tensor:
+        width = self._model.args.vision_args.output_dim
+        return torch.zeros(*ids_BT.shape, width)
+
+
+def types() -> ModuleType:
+    """The module of Meta's inputs."""
+    return importlib.import_module("llama_models.llama4.datatypes")
