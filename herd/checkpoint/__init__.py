@@ -1,7 +1,9 @@
-"""Files <-> model: loading, saving and upcycling of checkpoints in Hugging Face's Llama 4 layout."""
+"""Files <-> model: checkpoints of Hugging Face, Meta and llama.cpp, loading, saving, and upcycling of dense Llamas."""
 
 from herd.checkpoint.fingerprint import fingerprint
-from herd.checkpoint.hf import load, read_config, save
+from herd.checkpoint.hf import save
+from herd.checkpoint.load import load, open_weights, read_config
 from herd.checkpoint.upcycle import upcycle
+from herd.checkpoint.weights import Weights
 
-__all__ = ["fingerprint", "load", "read_config", "save", "upcycle"]
+__all__ = ["Weights", "fingerprint", "load", "open_weights", "read_config", "save", "upcycle"]

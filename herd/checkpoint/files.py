@@ -17,13 +17,20 @@ from herd.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What a model folder holds beside configuration and weights.
+# What a model folder holds beside configuration and weights. The licence asks that its files go along.
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.model",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
 )
 SHARD_BYTES = 5_000_000_000
 
@@ -45,8 +52,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def companions(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, settings and licence of a model folder, by file name."""
+    try:
+        return {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error}") from error
+
+
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer and generation settings from one model folder to another."""
+    """Copy tokenizer, settings and licence from one model folder to another."""
     for name in _COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
@@ -107,6 +122,15 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header, without reading the tensor. CheckpointError if there is no such tensor."""
         return tuple(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """Its type, as safetensors calls it: "BF16". CheckpointError if there is no such tensor."""
+        return str(self._slice(name).get_dtype())
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [self.folder / file for file in self._open]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored. CheckpointError if there is no such tensor or its bytes cannot be read."""

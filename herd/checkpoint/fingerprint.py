@@ -10,31 +10,38 @@ from typing import Any
 
 import torch
 
-from herd.checkpoint.files import WeightFiles, read_json, weight_paths
-from herd.config import TextConfig
+from herd.checkpoint.files import WeightFiles, weight_paths
+from herd.checkpoint.load import open_weights, read_config
 
 _CACHE = "fingerprint.json"
 _RACY_NS = 2_000_000_000  # younger files could still change without a new time stamp
 
 
 def fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 over the configuration and every weight: name, type, shape and bytes.
+    """Hex SHA-256 over the configuration and every weight.
 
-    It does not depend on how the weights are spread over files. The hash of the weights is kept in fingerprint.json
-    beside them, and trusted while sizes and times of the weight files are unchanged.
+    Of a Hugging Face folder that is name, type, shape and bytes of each tensor, however they are spread over files; of
+    other formats the bytes of the files. The hash of the weights is kept in fingerprint.json beside them, and trusted
+    while sizes and times of the weight files are unchanged.
     """
-    folder = Path(path)
-    config = json.dumps(TextConfig.from_hf(read_json(folder / "config.json")).to_hf(), sort_keys=True)
-    return hashlib.sha256(config.encode() + b"\0" + _weights_hash(folder).encode()).hexdigest()
+    path = Path(path)
+    config = json.dumps(read_config(path).to_hf(), sort_keys=True)
+    return hashlib.sha256(config.encode() + b"\0" + _weights_hash(path).encode()).hexdigest()
 
 
-def _weights_hash(folder: Path) -> str:
-    seen = _stamps(folder)
+def _weights_hash(path: Path) -> str:
+    plain = (path / "config.json").exists()
+    if plain:
+        files = weight_paths(path)
+    else:
+        with open_weights(path) as weights:
+            files = weights.files
+    folder, seen = files[0].parent, _stamps(files)
     cached = _cached(folder)
     if cached.get("files") == seen and isinstance(cached.get("weights"), str):
         return str(cached["weights"])
-    value = _hash_weights(folder)
-    if _stamps(folder) == seen and time.time_ns() - max(mtime for _, mtime in seen.values()) > _RACY_NS:
+    value = _hash_tensors(path) if plain else _hash_files(files)
+    if _stamps(files) == seen and time.time_ns() - max(mtime for _, mtime in seen.values()) > _RACY_NS:
         scratch = folder / f".{_CACHE}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a read-only folder is hashed every time
             scratch.write_text(json.dumps({"files": seen, "weights": value}), "utf-8")
@@ -42,9 +49,9 @@ def _weights_hash(folder: Path) -> str:
     return value
 
 
-def _stamps(folder: Path) -> dict[str, list[int]]:
+def _stamps(files: list[Path]) -> dict[str, list[int]]:
     """Size and modification time (ns) of each weight file."""
-    stats = {path.name: path.stat() for path in weight_paths(folder)}
+    stats = {path.name: path.stat() for path in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -56,11 +63,19 @@ def _cached(folder: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _hash_weights(folder: Path) -> str:
+def _hash_tensors(folder: Path) -> str:
     total = hashlib.sha256()
     with WeightFiles(folder) as weights:
         for name in sorted(weights.names):
             tensor = weights.tensor(name)
             content = hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)} {content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _hash_files(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

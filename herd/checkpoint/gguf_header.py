@@ -25,6 +25,7 @@ _SCALAR_BYTES = {
     GGUFValueType.FLOAT64: 8,
 }
 _MAX_DIMS = 4
+_MAX_ITEMS = 1 << 24  # of an array, or of the header; a vocabulary has some 2^18
 
 
 def check_header(path: Path) -> None:
@@ -50,6 +51,8 @@ class _Walk:
         if version not in (2, 3):
             raise ValueError(f"version {version} (or big-endian); versions 2 and 3 can be read")
         tensors, pairs = self.number("<Q", 8), self.number("<Q", 8)
+        if max(tensors, pairs) > _MAX_ITEMS:
+            raise ValueError(f"{tensors:,} tensors and {pairs:,} settings are more than any model has")
         alignment = 32
         for _ in range(pairs):
             key = self.string()
@@ -86,6 +89,8 @@ class _Walk:
         item, count = GGUFValueType(self.number("<I", 4)), self.number("<Q", 8)
         if item == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays")
+        if count > _MAX_ITEMS:
+            raise ValueError(f"an array of {count:,} items is longer than any vocabulary")
         if item == GGUFValueType.STRING:
             for _ in range(count):
                 self.one(item)
@@ -103,11 +108,13 @@ class _Walk:
         """Name, offset and size in bytes of the tensor described here."""
         name = self.string().decode("utf-8")
         dims = self.number("<I", 4)
-        if dims > _MAX_DIMS:
+        if not 1 <= dims <= _MAX_DIMS:
             raise ValueError(f"{name!r} has {dims} dimensions")
         elements = 1
         for _ in range(dims):
             elements *= self.number("<Q", 8)
+        if not elements:
+            raise ValueError(f"{name!r} is empty")
         kind = GGMLQuantizationType(self.number("<I", 4))
         block, block_bytes = GGML_QUANT_SIZES[kind]
         return name, self.number("<Q", 8), elements // block * block_bytes

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from herd.checkpoint.gguf_file import GgufFile
 from herd.errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
@@ -16,18 +17,19 @@ _LLAMA3_SPLIT = (
 )
 
 
-def tokenizer_files(path: Path, fields: dict[str, Any]) -> dict[str, bytes]:
+def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json, as bytes by file name.
 
     CheckpointError for vocabularies that are not byte-level BPE, or whose splitting rule is unknown here.
     """
-    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    path = file.path
+    kind, split = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise CheckpointError(
             f"{path} has a {kind!r} vocabulary; only byte-level BPE ('gpt2') can be converted. "
-            "Upcycle the model's Hugging Face folder instead"
+            "Use the model's Hugging Face folder instead"
         )
-    parts: list[list[Any]] = [fields.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "merges", "token_type")]
+    parts: list[list[Any]] = [file.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "merges", "token_type")]
     tokens, merges, types = parts
     if not all(isinstance(part, list) and part for part in parts) or len(tokens) != len(types):
         raise CheckpointError(f"{path} lacks the tokens, token types or merges of its vocabulary")
@@ -39,14 +41,14 @@ def tokenizer_files(path: Path, fields: dict[str, Any]) -> dict[str, bytes]:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+        "add_bos_token": bool(file.get("tokenizer.ggml.add_bos_token", False)),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        i = fields.get(f"tokenizer.ggml.{key}_token_id")
+        i = file.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(i, int) and i < len(tokens):
             settings[f"{name}_token"] = tokens[i]
-    if isinstance(fields.get("tokenizer.chat_template"), str):
-        settings["chat_template"] = fields["tokenizer.chat_template"]
+    if isinstance(template := file.get("tokenizer.chat_template"), str):
+        settings["chat_template"] = template
     return {
         "tokenizer.json": core.to_str().encode(),
         "tokenizer_config.json": (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -81,7 +83,7 @@ def _splitting(path: Path, name: Any) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise CheckpointError(
         f"{path} splits text by the rule {name!r}, known are smollm, gpt-2 and llama-bpe. "
-        "Upcycle the model's Hugging Face folder instead"
+        "Use the model's Hugging Face folder instead"
     )
 
 

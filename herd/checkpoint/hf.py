@@ -1,59 +1,70 @@
-"""Loading and saving of Hugging Face Llama 4 folders (spec §6.1): config.json and safetensors, single or sharded."""
+"""Hugging Face Llama 4 folders (spec §6.1): config.json and safetensors, single or sharded, text-only or multimodal.
 
-import logging
-from collections.abc import Iterable
+Beside the plain layout, experts may stand one by one (as llm-compressor has them), and weights may be FP8 with scales,
+in compressed-tensors' or FBGEMM's layout (§7).
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from herd.checkpoint.files import (
     SHARD_BYTES,
     ShardWriter,
     WeightFiles,
+    companions,
     copy_companions,
     new_folder,
     read_json,
     write_json,
 )
-from herd.config import TextConfig
-from herd.errors import CheckpointError
+from herd.checkpoint.shapes import MAX_LAYERS
+from herd.checkpoint.weights import Stored, Weights
+from herd.config import TextConfig, VisionConfig
+from herd.errors import CheckpointError, ConfigError
 from herd.model import Transformer
 
-_log = logging.getLogger(__name__)
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FP8 = "F8_E4M3"
 _TEXT_PREFIX = "language_model."
-_OTHER_MODALITIES = ("vision_model.", "multi_modal_projector.")
+_EXPERT = re.compile(r"(.+\.feed_forward\.experts)\.(\d{1,6})\.(gate|up|down)_proj\.weight")
+_ACTIVATION_SCALE = ".input_scale"  # of activations in other engines; weights do not need it
+_QUANTIZERS = ("compressed-tensors", "fbgemm_fp8")
+
+Halves = tuple[list[str], list[str], list[str]]  # names of gate, up and down of each expert
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bool = False) -> Transformer:
-    """The text model of a Hugging Face Llama 4 folder, in eval mode.
+def open_hf(folder: Path) -> Weights:
+    """The weights of a folder. CheckpointError if a file is damaged or of a layout that is not known."""
+    text, vision = read_hf_config(folder)
+    with ExitStack() as stack:
+        files = stack.enter_context(WeightFiles(folder))
+        stored = _stored(files)
+        return Weights(folder, text, vision, stored, files.paths, partial(companions, folder), stack.pop_all())
 
-    dtype: of the weights, as stored if None. Of a multimodal folder only the text model is loaded, with a warning.
-    check_finite: also read every value and refuse infinities and NaN.
-    Weights are read one by one, and memory-mapped where their type is kept: a loaded model's files must not be
-    changed in place (`save` replaces them whole). CheckpointError names the first tensor that does not fit.
-    """
-    folder = _folder(path)
-    config = read_config(folder)
-    with torch.device("meta"), _NoInit():
-        model = Transformer(config)
-    with WeightFiles(folder) as weights:
-        stored = _text_names(weights)
-        parameters = dict(model.named_parameters())  # a tied head comes once, as the embedding
-        for name, parameter in parameters.items():
-            value = _checked(weights, stored, name, parameter)
-            if check_finite and not value.isfinite().all():
-                raise CheckpointError(f"{name} in {folder} holds values that are not finite numbers")
-            _assign(model, name, value if dtype is None else value.to(dtype))
-        extra = sorted(stored.keys() - parameters.keys())
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-            extra = _without_tied_head(weights, stored, extra)
-    if extra:
-        raise CheckpointError(f"{folder} has {len(extra)} tensors the model does not have, first {extra[0]}")
-    return model.eval()
+
+def read_hf_config(folder: Path) -> tuple[TextConfig, VisionConfig | None]:
+    """What config.json says. CheckpointError if it cannot be read, ConfigError if it is no Llama 4."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    try:
+        if quantization := raw.get("quantization_config"):
+            method = quantization.get("quant_method")
+            if method not in _QUANTIZERS:
+                raise ConfigError(f"{folder} is quantised by {method!r}; {' and '.join(_QUANTIZERS)} can be read")
+        for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+            layers = (part or {}).get("num_hidden_layers", 0)
+            if isinstance(layers, int) and layers > MAX_LAYERS:
+                raise ConfigError(f"{path} asks for {layers:,} layers; at most {MAX_LAYERS:,} can be read")
+        return TextConfig.from_hf(raw), VisionConfig.from_hf(raw)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path} does not describe a Llama 4: {error!r}") from error
 
 
 def save(
@@ -78,67 +89,108 @@ def save(
             copy_companions(Path(companions_of), folder)
 
 
-def read_config(path: str | Path) -> TextConfig:
-    """config.json of a folder. CheckpointError if it cannot be read, ConfigError if it is no Llama 4."""
-    return TextConfig.from_hf(read_json(_folder(path) / "config.json"))
+def _stored(files: WeightFiles) -> dict[str, Stored]:
+    """Every tensor by its name in the model: without prefix, experts together, scales applied."""
+    scales = {name + "_scale" for name in files.names if files.kind(name) == _FP8}
+    stored, experts = dict[str, Stored](), dict[str, dict[str, dict[int, str]]]()
+    for name in files.names:
+        if name in scales or name.endswith(_ACTIVATION_SCALE):
+            continue
+        if match := _EXPERT.fullmatch(name):
+            parts = experts.setdefault(match[1], {"gate": {}, "up": {}, "down": {}})
+            parts[match[3]][int(match[2])] = name
+        else:
+            stored[_plain(name)] = _single(files, name)
+    for prefix, parts in experts.items():
+        gates, ups, downs = (_in_order(files, prefix, of) for of in parts.values())
+        gate_up = f"{_plain(prefix)}.gate_up_proj"
+        stored[gate_up] = _together(files, gate_up, list(zip(gates, ups, strict=True)))
+        down = f"{_plain(prefix)}.down_proj"
+        stored[down] = _together(files, down, [(name,) for name in downs])
+    return stored
 
 
-class _NoInit(TorchFunctionMode):
-    """Leaves parameters unfilled: they are about to be replaced, and filling meta tensors takes 2 s of imports."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+def _plain(name: str) -> str:
+    return name.removeprefix(_TEXT_PREFIX)
 
 
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; expected one with config.json and safetensors files")
-    return folder
+def _in_order(files: WeightFiles, prefix: str, names: dict[int, str]) -> list[str]:
+    if sorted(names) != list(range(len(names))) or not names:
+        raise CheckpointError(f"{files.folder}: the experts of {prefix} are not numbered from 0 without gaps")
+    return [names[i] for i in range(len(names))]
 
 
-def _text_names(weights: WeightFiles) -> dict[str, str]:
-    """Name in the model -> name in the files, for the text model's tensors."""
-    if not any(name.startswith(_TEXT_PREFIX) for name in weights.names):
-        return {name: name for name in weights.names}
-    others = sum(name.startswith(_OTHER_MODALITIES) for name in weights.names)
-    _log.warning("%s is multimodal: loading its text model, leaving %d vision tensors", weights.folder, others)
-    text = (name for name in weights.names if not name.startswith(_OTHER_MODALITIES))
-    return {name.removeprefix(_TEXT_PREFIX): name for name in text}
+def _single(files: WeightFiles, name: str) -> Stored:
+    shape, kind = files.shape(name), files.kind(name)
+    size = prod(shape) * (1 if kind == _FP8 else 4 if kind == "F32" else 2)
+    return Stored(shape, _value_type(files, name), kind, size, _reader(files, name))
 
 
-def _checked(weights: WeightFiles, stored: dict[str, str], name: str, parameter: Tensor) -> Tensor:
-    """The stored tensor for a parameter; CheckpointError if it is absent, misshapen or of a quantised type."""
-    if name not in stored:
-        raise CheckpointError(f"{weights.folder} lacks the tensor {name} of shape {list(parameter.shape)}")
-    shape = weights.shape(stored[name])
-    if shape != tuple(parameter.shape):
+def _together(files: WeightFiles, name: str, experts: list[tuple[str, ...]]) -> Stored:
+    """Matrices [out, in] of each expert as one tensor [E, in, out], with gate and up side by side."""
+    shapes = {files.shape(part) for parts in experts for part in parts}
+    types = {_value_type(files, part) for parts in experts for part in parts}
+    kinds = {files.kind(part) for parts in experts for part in parts}
+    if len(shapes) != 1 or len(types) != 1 or any(len(shape) != 2 for shape in shapes):
+        raise CheckpointError(f"{files.folder}: the experts of {name} differ in shape or type")
+    rows, columns = shapes.pop()
+    shape = (len(experts), columns, rows * len(experts[0]))
+
+    def read(dtype: torch.dtype) -> Tensor:
+        out = torch.empty(shape, dtype=dtype)
+        for expert, parts in zip(out, experts, strict=True):
+            for place, part in zip(expert.split(rows, 1), parts, strict=True):
+                place.copy_(_reader(files, part)(dtype).T)
+        return out
+
+    size = sum(_single(files, part).nbytes for parts in experts for part in parts)
+    return Stored(shape, types.pop(), " and ".join(sorted(kinds)), size, read)
+
+
+def _value_type(files: WeightFiles, name: str) -> torch.dtype:
+    kind = files.kind(name)
+    if kind == _FP8:
+        _scale_shape(files, name)
+        return torch.bfloat16
+    if kind not in _TYPES:
         raise CheckpointError(
-            f"{name} in {weights.folder} has shape {list(shape)}; config.json asks for {list(parameter.shape)}"
+            f"{name} in {files.folder} has type {kind}; F32, BF16, F16 and, with scales, {_FP8} can be read"
         )
-    value = weights.tensor(stored[name])
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise CheckpointError(
-            f"{name} in {weights.folder} has type {value.dtype}; float32, bfloat16 and float16 can be loaded"
+    return _TYPES[kind]
+
+
+def _reader(files: WeightFiles, name: str) -> Callable[[torch.dtype], Tensor]:
+    if files.kind(name) != _FP8:
+        return lambda dtype: files.tensor(name).to(dtype)
+
+    def read(dtype: torch.dtype) -> Tensor:
+        codes = files.tensor(name)
+        scale = files.tensor(name + "_scale").float().view(_scale_shape(files, name))
+        out = torch.empty(codes.shape, dtype=dtype)
+        # By expert, so that little more memory than the result is needed.
+        parts = (
+            zip(out, codes, scale.expand(len(codes), -1, -1), strict=True) if codes.ndim == 3 else [(out, codes, scale)]
         )
-    return value
+        for place, part, factor in parts:
+            place.copy_(part.float() * factor)
+        return out
+
+    return read
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
+def _scale_shape(files: WeightFiles, name: str) -> tuple[int, ...]:
+    """The shape in which an FP8 tensor's scale multiplies it: one factor per output, or one for all.
 
-
-def _without_tied_head(weights: WeightFiles, stored: dict[str, str], extra: Iterable[str]) -> list[str]:
-    """`extra` without lm_head.weight, which some tools store though it is tied; it must equal the embedding."""
-    rest = [name for name in extra if name != "lm_head.weight"]
-    if len(rest) != len(list(extra)):
-        head, embedding = (weights.tensor(stored[n]) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embedding):
-            raise CheckpointError(
-                f"{weights.folder} ties the head to the embedding, but stores a different lm_head.weight"
-            )
-    return rest
+    Outputs are the rows of a matrix and the columns of experts, whose down_proj has its scales [E, out, 1] in a file.
+    """
+    if name + "_scale" not in files.names:
+        raise CheckpointError(f"{name} in {files.folder} has type {_FP8}, but there is no {name}_scale")
+    shape, scale = files.shape(name), files.shape(name + "_scale")
+    if files.kind(name + "_scale") in _TYPES:
+        if prod(scale) == 1:
+            return (1,) * len(shape)
+        if len(shape) == 2 and scale in ((shape[0],), (shape[0], 1)):
+            return (shape[0], 1)
+        if len(shape) == 3 and scale in ((shape[0], 1, shape[2]), (shape[0], shape[2], 1)):
+            return (shape[0], 1, shape[2])
+    raise CheckpointError(f"{name}_scale in {files.folder} has shape {list(scale)}; one factor per output can be read")

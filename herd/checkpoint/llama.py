@@ -3,7 +3,6 @@
 Both give tensors by Hugging Face name with q/k rows in Hugging Face's half-rotation order.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,17 +134,3 @@ def _scaling(folder: Path, raw: dict[str, Any]) -> RopeScaling | None:
         float(raw["high_freq_factor"]),
         int(raw["original_max_position_embeddings"]),
     )
-
-
-def llama3_scaling(factors: list[float], theta: float) -> RopeScaling | None:
-    """The llama3 rule that gives these factors per channel pair, or None: GGUF files store only the factors.
-
-    Tries the values Meta released: low 1, high 4, original length 8192.
-    """
-    rule = RopeScaling(max(factors), 1.0, 4.0, 8192)
-    for i, factor in enumerate(factors):
-        turns = rule.original_max_position_embeddings * theta ** (-i / len(factors)) / (2 * math.pi)
-        keep = min(max((turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor), 0.0), 1.0)
-        if not math.isclose(factor, 1 / (keep + (1 - keep) / rule.factor), rel_tol=1e-3):
-            return None
-    return rule

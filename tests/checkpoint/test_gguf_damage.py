@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from herd.checkpoint.gguf_config import scaling_of
 from herd.checkpoint.gguf_llama import read_gguf
-from herd.checkpoint.llama import llama3_scaling
 from herd.config import RopeScaling
 from herd.errors import CheckpointError
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
@@ -75,9 +75,9 @@ def test_unknown_splitting_rule(tmp_path):
 def test_llama3_factors():
     """Factors of Llama 3.1 in GGUF files: 1 for fast channel pairs, 8 for slow ones, blended between."""
     factors = [1.0] * 29 + [1.2113, 1.5486, 2.0195, 2.7041, 3.7626, 5.5479] + [8.0] * 29
-    assert llama3_scaling(factors, 500000.0) is None  # the blend must be the rule's, not merely similar
+    assert scaling_of(factors, 500000.0) is None  # the blend must be the rule's, not merely similar
     rule = [1.0 / _kept(i) for i in range(64)]
-    assert llama3_scaling(rule, 500000.0) == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert scaling_of(rule, 500000.0) == RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
 def _kept(pair: int) -> float:

@@ -176,12 +176,12 @@ ROUTER = "model.layers.1.feed_forward.router.weight"
         (lambda f: change_weights(f, lambda w: w.pop(ROUTER)), rf"lacks the tensor {ROUTER} of shape \[4, 32\]"),
         (
             lambda f: change_weights(f, lambda w: w.update({ROUTER: torch.ones(4, 31)})),
-            rf"{ROUTER} in .* has shape \[4, 31\]; config.json asks for \[4, 32\]",
+            rf"{ROUTER} in .* has shape \[4, 31\]; the configuration asks for \[4, 32\]",
         ),
         (lambda f: change_weights(f, lambda w: w.update(odd=torch.ones(1))), "has 1 tensors the model does not.* odd"),
         (
             lambda f: change_weights(f, lambda w: w.update({ROUTER: torch.ones(4, 32, dtype=torch.int8)})),
-            f"{ROUTER}.*torch.int8",
+            f"{ROUTER}.*type I8",
         ),
         (lambda f: (f / "config.json").write_text("{}"), "model_type"),
         (lambda f: (f / "config.json").write_text('{"a": NaN'), "not readable JSON"),
@@ -278,7 +278,7 @@ def test_fingerprint_is_cached_while_files_are_unchanged(tmp_path, monkeypatch):
     os.utime(tmp_path / "model.safetensors", ns=(old, old))
     first = checkpoint.fingerprint(tmp_path)
     module = importlib.import_module("herd.checkpoint.fingerprint")
-    monkeypatch.setattr(module, "_hash_weights", lambda folder: "hashed again")
+    monkeypatch.setattr(module, "_hash_tensors", lambda folder: "hashed again")
     assert checkpoint.fingerprint(tmp_path) == first
     os.utime(tmp_path / "model.safetensors", ns=(old, old + 1))
     assert checkpoint.fingerprint(tmp_path) != first
