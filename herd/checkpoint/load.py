@@ -57,16 +57,21 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bo
         if weights.vision is not None:
             others = sum(name.startswith(VISION_PREFIXES) for name in weights.names)
             _log.warning("%s is multimodal: loading its text model, leaving %d vision tensors", path, others)
-        with torch.device("meta"), _NoInit():
-            model = Transformer(weights.text)
+        model = empty_transformer(weights.text)
         dtype = dtype or weights.dtype
         for name in dict(model.named_parameters()):  # a tied head comes once, as the embedding
             value = weights.finite(name, dtype) if check_finite else weights.tensor(name, dtype)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
         if weights.text.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def empty_transformer(cfg: TextConfig) -> Transformer:
+    """A text model whose parameters are on the meta device: they have no values, and are to be replaced."""
+    with torch.device("meta"), _NoInit():
+        return Transformer(cfg)
 
 
 class _NoInit(TorchFunctionMode):
