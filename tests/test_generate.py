@@ -30,7 +30,7 @@ class Scripted(nn.Module):
         self.model.embed_tokens = nn.Embedding(1, 1)
         self.memory_dtype = torch.float32
 
-    def states(self, ids_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
+    def states(self, ids_BT: Tensor, positions_BT: Tensor, cache: Cache, patches: None) -> Tensor:
         return positions_BT.unsqueeze(-1)
 
     def logits(self, x_E1: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Shape suffixes: N tokens of a step, E sequences that choose a token, D hidden, V vocabulary.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from herd.engine.sampler import Draws, Sampler, choose
 from herd.engine.scheduler import Piece, Scheduler
 from herd.errors import PromptError
 from herd.model import Cache, KVCache, KVRow, Memory, Transformer
+from herd.model.fusion import Patches, places
 
 ROWS = 64
 PROMPT_TOKENS = 1024  # of a step; bounds its memory and how long answers wait for prompts beside them
@@ -33,39 +35,72 @@ class Engine:
         rows: int = ROWS,
         memory: int | None = None,
         prompt_tokens: int = PROMPT_TOKENS,
+        image_token: int | None = None,
     ) -> None:
         """cache None: requests see nothing but themselves. At most `rows` requests run at a time, with `memory` bytes
-        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step."""
+        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step. image_token: the id that
+        stands for one patch of an image; None: prompts have no images."""
         assert rows > 0 and prompt_tokens > 0, (rows, prompt_tokens)
         dtype = transformer.memory_dtype
         self.transformer = transformer
         self.cache: Memory = KVCache(transformer.config, dtype) if cache is None else cache
         chunk = transformer.config.attention_chunk_size
         self._scheduler = Scheduler(rows, memory, prompt_tokens, chunk, self.cache.start_position)
-        self._next_id = 0
+        self._next_id, self._image_token = 0, image_token
 
     def submit(self, request: Request) -> int:
         """Queue a request; the number that names it in `Token`, counted from 0.
 
-        PromptError if it can never run: a bad prompt, more positions than the model has, or more keys and values than
-        fit into memory.
+        PromptError if it can never run: a bad prompt, patches that are not those of its images, more positions than
+        the model has, or more keys and values than fit into memory; or if what it goes on from is not kept.
         """
-        cfg, limit = self.transformer.config, self._scheduler.memory
-        prompt, tokens = list(request.prompt), len(request.prompt) + request.max_tokens
-        check_prompt(cfg, prompt, self.cache.start_position + request.max_tokens)
-        row = self.cache.open(tokens, len(prompt))
-        if limit is not None and row.nbytes > limit:
-            raise PromptError(
-                f"prompt ({len(prompt):,} tokens) and answer (up to {request.max_tokens:,}) need {row.nbytes:,} bytes "
-                f"for keys and values; this engine has {limit:,}: shorten them, or give it more memory"
-            )
+        cfg, before = self.transformer.config, self._kept(request)
+        known = [] if before is None else before.ids
+        ids = [*known, *request.prompt]
+        check_prompt(cfg, request.prompt, self.cache.start_position + len(known) + request.max_tokens)
+        patches = [len(known) + place for place in self._patches(request)]
+        row = self._open(request) if before is None else _room_in(before, len(ids) + request.max_tokens)
         id, self._next_id = self._next_id, self._next_id + 1
-        draws = Draws(request.sampler, prompt, cfg.vocab_size)
-        self._scheduler.waiting.append(Job(id, request, row, draws, prompt))
+        draws = Draws(request.sampler, ids, cfg.vocab_size)
+        seen = 0 if before is None else self._scheduler.kept.pop(before.id).seen
+        kept = before is not None or request.room > 0
+        self._scheduler.waiting.append(Job(id, request, row, draws, ids, patches, seen, kept))
         return id
 
+    def _kept(self, request: Request) -> Job | None:
+        if request.after is not None and request.after not in self._scheduler.kept:
+            raise PromptError(
+                f"request {request.after} cannot be gone on from: it left no room, has not ended or was given up; "
+                "submit its tokens again"
+            )
+        return None if request.after is None else self._scheduler.kept[request.after]
+
+    def _patches(self, request: Request) -> list[int]:
+        if self._image_token is not None:
+            return places(request.prompt, self._image_token, request.images)
+        if request.images:
+            raise PromptError(f"the prompt has {len(request.images):,} images; this model has no image encoder")
+        return []
+
+    def _open(self, request: Request) -> KVRow:
+        """Memory for a request that goes on from no other. PromptError if it is more than there is."""
+        prompt, limit = len(request.prompt), self._scheduler.memory
+        row = self.cache.open(prompt + request.max_tokens + request.room, prompt)
+        if limit is not None and row.nbytes > limit:
+            room = f" and room for {request.room:,} more" if request.room else ""
+            raise PromptError(
+                f"prompt ({prompt:,} tokens) and answer (up to {request.max_tokens:,}){room} need {row.nbytes:,} bytes "
+                f"for keys and values; this engine has {limit:,}: shorten them, or give it more memory"
+            )
+        return row
+
+    def forget(self, id: int) -> None:
+        """Give back the memory of a request that has ended and left room, unless it is given back already."""
+        if id in self._scheduler.kept:
+            self._scheduler.kept.pop(id).row.close()
+
     def cancel(self, id: int) -> bool:
-        """End a request and give its memory back; False if it has ended before."""
+        """End a request and give its memory back, unless it left room and answers already; False if it has ended."""
         job = self._scheduler.find(id)
         if job is not None:
             self._scheduler.remove(job)
@@ -89,7 +124,7 @@ class Engine:
 
     @property
     def memory_used(self) -> int:
-        """Bytes of keys and values that are set aside for the requests that run."""
+        """Bytes of keys and values that are set aside for the requests that run or may be gone on from."""
         return self._scheduler.memory_used
 
     @torch.inference_mode()
@@ -106,7 +141,7 @@ class Engine:
         except BaseException:
             # Some layers remember this step and some do not, so these requests cannot go on; others can.
             for piece in pieces:
-                self._scheduler.remove(piece.job)
+                self._scheduler.remove(piece.job, broken=True)
             raise
         for piece in pieces:
             piece.job.seen += len(piece.ids)
@@ -129,8 +164,31 @@ def forward(transformer: Transformer, memory: Memory, pieces: Sequence[Piece]) -
             ends.append(len(ids) - 1)
     cache: Cache = memory.rows([piece.job.row for piece in pieces], [len(piece.ids) for piece in pieces])
     ids_1N, positions_1N = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
-    states_1ND = transformer.states(ids_1N, positions_1N, cache)
+    states_1ND = transformer.states(ids_1N, positions_1N, cache, _patches(pieces, device))
     return transformer.logits(states_1ND[0, torch.tensor(ends, dtype=torch.long, device=device)])
+
+
+def _patches(pieces: Sequence[Piece], device: torch.device) -> Patches | None:
+    """The features of images in a step; a piece may hold any part of an image."""
+    at, features, first = list[int](), list[Tensor](), 0
+    for piece in pieces:
+        job = piece.job
+        low, high = (bisect_left(job.patches, place) for place in (job.seen, job.seen + len(piece.ids)))
+        if job.features_ND is not None and low < high:
+            at += [first + place - job.seen for place in job.patches[low:high]]
+            features.append(job.features_ND[low:high].to(device))
+        first += len(piece.ids)
+    return Patches(torch.tensor(at, device=device), torch.cat(features)) if at else None
+
+
+def _room_in(before: Job, tokens: int) -> KVRow:
+    """The memory of a request for another one behind it. PromptError if it is too little."""
+    if tokens > before.row.tokens:
+        raise PromptError(
+            f"with prompt and answer there would be {tokens:,} tokens in room for {before.row.tokens:,}; "
+            "leave more room with the first request, or submit all tokens anew"
+        )
+    return before.row
 
 
 def stream(engine: Engine) -> Iterator[Token]:

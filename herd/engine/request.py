@@ -1,9 +1,13 @@
-"""What an engine is asked for, and what it says."""
+"""What an engine is asked for, and what it says.
+
+Shape suffixes: V vocabulary, N tokens of images, D hidden.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from herd.config import TextConfig
@@ -20,7 +24,10 @@ Guide = Callable[[Sequence[int], Tensor, KVRow], Tensor]
 class Request:
     """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1.
 
-    guide: changes the logits before each choice, for instance to leave out what may not come next (-inf).
+    guide: changes the logits before each choice, for instance to leave out what may not come next (-inf). images: the
+    features [tokens, D] of each image in the prompt, in their order (`herd.model.vision`). room: memory for so many
+    tokens more, which requests may need that go on from this one. after: the request that this one goes on from, which
+    left room and has ended; the prompt then is what comes behind all of its tokens.
     """
 
     prompt: Sequence[int]
@@ -28,9 +35,13 @@ class Request:
     sampler: Sampler = field(default_factory=Sampler)
     eos_ids: Sequence[int] = ()
     guide: Guide | None = None
+    images: Sequence[Tensor] = ()
+    room: int = 0
+    after: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))  # the caller may go on with its list
+        object.__setattr__(self, "images", tuple(self.images))
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens is {self.max_tokens}; an answer has at least one token")
 
@@ -51,24 +62,34 @@ class Token:
 
 @dataclass(eq=False)
 class Job:
-    """A request that waits or runs: its tokens so far, how many of them the model has seen, its memory."""
+    """A request that waits or runs: its tokens so far, how many of them the model has seen, its memory.
+
+    ids: with those of the requests that it goes on from, to begin with up to the end of the prompt. patches: where
+    features of images take the places of embeddings. kept: whether its memory outlives it.
+    """
 
     id: int
     request: Request
     row: KVRow
     draws: Draws
     ids: list[int]
+    patches: list[int] = field(default_factory=list)
     seen: int = 0
+    kept: bool = False
+
+    def __post_init__(self) -> None:
+        self.begun = len(self.ids)
+        self.features_ND = torch.cat(self.request.images) if self.request.images else None
 
     @property
     def answering(self) -> bool:
         """Whether the model has seen the prompt."""
-        return self.seen >= len(self.request.prompt)
+        return self.seen >= self.begun
 
     def guided(self, logits_V: Tensor) -> Tensor:
         """Logits as the request's guide leaves them."""
         guide = self.request.guide
-        return logits_V if guide is None else guide(self.ids[len(self.request.prompt) :], logits_V, self.row)
+        return logits_V if guide is None else guide(self.ids[self.begun :], logits_V, self.row)
 
     def take(self, choice: Choice) -> Token:
         """Go on with the chosen token."""
@@ -76,7 +97,7 @@ class Job:
         finish: Finish | None = None
         if choice.id in self.request.eos_ids:
             finish = "stop"
-        elif len(self.ids) - len(self.request.prompt) == self.request.max_tokens:
+        elif len(self.ids) - self.begun == self.request.max_tokens:
             finish = "length"
         return Token(self.id, choice.id, finish, choice.logprob, choice.top)
 

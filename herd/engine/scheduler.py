@@ -19,7 +19,7 @@ class Scheduler:
     """First come, first served. A job runs as soon as there is a row, and memory for all it can ever need.
 
     So a job that runs is never interrupted for want of memory. The first one that waits is not overtaken by smaller
-    ones, so every job runs at last.
+    ones, so every job runs at last; where it needs memory of those that are kept, the oldest of them is given up.
     """
 
     def __init__(self, rows: int, memory: int | None, prompt_tokens: int, chunk: int | None, start: int) -> None:
@@ -31,20 +31,30 @@ class Scheduler:
         self.chunk, self.start = chunk, start
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self.kept: dict[int, Job] = {}  # that have ended and may be gone on from, the oldest first
 
     @property
     def memory_used(self) -> int:
-        """Bytes that are set aside for the jobs that run."""
-        return sum(job.row.nbytes for job in self.running)
+        """Bytes that are set aside for the jobs that run and those that are kept or gone on from."""
+        return sum(job.row.nbytes for job in (*self.running, *self.kept.values(), *self.waiting) if self._holds(job))
+
+    def _holds(self, job: Job) -> bool:
+        return job.seen > 0 or job in self.running
 
     def find(self, id: int) -> Job | None:
         """A job that waits or runs."""
         return next((job for job in (*self.running, *self.waiting) if job.id == id), None)
 
-    def remove(self, job: Job) -> None:
-        """Forget a job and give its memory back."""
+    def remove(self, job: Job, *, broken: bool = False) -> None:
+        """Forget a job and give its memory back, or keep it if that was asked for and the model has seen its prompt.
+
+        broken: its memory is of no use.
+        """
         (self.running if job in self.running else self.waiting).remove(job)
-        job.row.close()
+        if job.kept and job.answering and not broken:
+            self.kept[job.id] = job
+        else:
+            job.row.close()
 
     def plan(self) -> list[Piece]:
         """The next step: one token of every answer, and the oldest prompts as far as prompt_tokens go.
@@ -66,6 +76,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.rows:
-            if self.memory is not None and self.memory_used + self.waiting[0].row.nbytes > self.memory:
-                return
+            first = self.waiting[0]
+            more = 0 if self._holds(first) else first.row.nbytes
+            while self.memory is not None and self.memory_used + more > self.memory:
+                if not self.kept:
+                    return
+                self.kept.pop(next(iter(self.kept))).row.close()
             self.running.append(self.waiting.popleft())
