@@ -12,9 +12,10 @@ from herd.checkpoint.hf import open_hf, read_hf_config
 from herd.checkpoint.meta import is_meta, open_meta
 from herd.checkpoint.shapes import VISION_PREFIXES, text_shapes, vision_shapes
 from herd.checkpoint.weights import Weights
-from herd.config import TextConfig
+from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError
 from herd.model import Transformer
+from herd.model.vision import Vision
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,12 @@ def empty_transformer(cfg: TextConfig) -> Transformer:
     """A text model whose parameters are on the meta device: they have no values, and are to be replaced."""
     with torch.device("meta"), _NoInit():
         return Transformer(cfg)
+
+
+def empty_vision(cfg: VisionConfig, hidden_size: int) -> Vision:
+    """As `empty_transformer`, an image encoder for a decoder of this hidden_size."""
+    with torch.device("meta"), _NoInit():
+        return Vision(cfg, hidden_size)
 
 
 class _NoInit(TorchFunctionMode):

@@ -79,7 +79,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.begun = len(self.ids)
-        self.features_ND = torch.cat(self.request.images) if self.request.images else None
+        self.features_ND = torch.cat(list(self.request.images)) if self.request.images else None
 
     @property
     def answering(self) -> bool:
