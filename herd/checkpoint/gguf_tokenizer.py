@@ -15,6 +15,13 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA4_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTING = ("llama4", "llama-bpe", "smollm", "gpt-2")
+_ALIASES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 
 def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
@@ -34,7 +41,13 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     if not all(isinstance(part, list) and part for part in parts) or len(tokens) != len(types):
         raise CheckpointError(f"{path} lacks the tokens, token types or merges of its vocabulary")
     core = _bpe(path, tokens, merges)
-    core.pre_tokenizer = _splitting(path, split)
+    rule = _ALIASES.get(split, split)
+    if rule not in SPLITTING:
+        raise CheckpointError(
+            f"{path} splits text by the rule {split!r}, known are {', '.join(SPLITTING)}. "
+            "Use the model's Hugging Face folder instead"
+        )
+    core.pre_tokenizer = splitting(rule)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _of_type(tokens, types, _CONTROL)])
     core.add_tokens([AddedToken(t, normalized=False) for t in _of_type(tokens, types, _USER_DEFINED)])
@@ -71,20 +84,15 @@ def _bpe(path: Path, tokens: list[str], merges: list[str]) -> Tokenizer:
         raise CheckpointError(f"{path} has merges that do not fit its vocabulary: {error}") from error
 
 
-def _splitting(path: Path, name: Any) -> pre_tokenizers.PreTokenizer:
-    """The rule that cuts text into words before merging, by llama.cpp's name for it."""
+def splitting(name: str) -> pre_tokenizers.PreTokenizer:
+    """The rule that cuts text into words before merging, by llama.cpp's name for it: one of SPLITTING."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt-2":
+        return words
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-    if name in ("gpt-2", "gpt2"):
-        return words
-    if name in ("llama3", "llama-v3", "llama-bpe"):
-        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise CheckpointError(
-        f"{path} splits text by the rule {name!r}, known are smollm, gpt-2 and llama-bpe. "
-        "Use the model's Hugging Face folder instead"
-    )
+    split = pre_tokenizers.Split(Regex(_LLAMA4_SPLIT if name == "llama4" else _LLAMA3_SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _of_type(tokens: list[str], types: list[int], wanted: int) -> list[str]:

@@ -1,0 +1,154 @@
+"""Files whose layout is known before their content: written piece by piece, and gone on with after a kill.
+
+Finished pieces are noted in a journal once they are on the disk. A run that finds the journal of the same job cuts each
+file off behind its last finished piece and goes on from there.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, uint8
+
+from herd.checkpoint.files import write_json
+from herd.errors import CheckpointError
+
+_JOURNAL, _LOCK, _RESULT = "journal.json", "lock", "result"
+_SYNC_BYTES = 256 << 20  # of pieces, that may have to be made again
+
+Progress = Callable[[int, int], None]  # bytes that are done, and of all
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a file; `make` gives them in parts, `size` in all."""
+
+    size: int
+    make: Callable[[], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file: its name, what it begins with, and its pieces in order."""
+
+    name: str
+    header: bytes
+    pieces: Sequence[Piece]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(piece.size for piece in self.pieces)
+
+
+class Job:
+    """A folder in the making, beside its final place."""
+
+    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
+        self._scratch = folder
+        self.result = folder / _RESULT
+        self._description, self._done = dict(description), dict[str, int]()
+        journal = folder / _JOURNAL
+        try:
+            found = json.loads(journal.read_text("utf-8"))
+            if found["job"] == self._description:
+                self._done = {str(name): int(size) for name, size in found["done"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no journal, or one of a torn disk
+            pass
+        if not self._done:
+            shutil.rmtree(self.result, ignore_errors=True)
+        self.result.mkdir(exist_ok=True)
+
+    def write(self, layouts: Sequence[Layout], progress: Progress | None = None) -> None:
+        """Write all files, from where an earlier run of the same job stopped."""
+        total, before = sum(layout.size for layout in layouts), 0
+        for layout in layouts:
+            start = before
+            self._write(layout, lambda size, start=start: progress and progress(start + size, total))  # type: ignore[misc]
+            before += layout.size
+
+    def _write(self, layout: Layout, told: Callable[[int], object]) -> None:
+        path, at = self.result / layout.name, self._done.get(layout.name, 0)
+        if at and (not path.is_file() or path.stat().st_size < at):
+            at = 0
+        with path.open("r+b" if at else "wb") as file:
+            file.truncate(at)
+            file.seek(at)
+            synced = at
+            for end, parts in _ends(layout):
+                if end <= at:
+                    continue
+                for part in parts():
+                    file.write(part)
+                assert file.tell() == end, f"{layout.name} is at {file.tell()}, planned {end}"
+                if end - synced >= _SYNC_BYTES or end == layout.size:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._note(layout.name, end)
+                    synced = end
+                told(end)
+        told(layout.size)
+
+    def _note(self, name: str, size: int) -> None:
+        self._done[name] = size
+        scratch = self._scratch / f"{_JOURNAL}.new"
+        write_json(scratch, {"job": self._description, "done": self._done})
+        scratch.replace(self._scratch / _JOURNAL)
+
+
+def _ends(layout: Layout) -> Iterator[tuple[int, Callable[[], Iterable[Any]]]]:
+    """Where each piece ends, and what gives its bytes; the header is the first."""
+    end = len(layout.header)
+    yield end, lambda: [layout.header]
+    for piece in layout.pieces:
+        end += piece.size
+        yield end, lambda piece=piece: (as_bytes(part) for part in piece.make())  # type: ignore[misc]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, which are not copied if it is contiguous."""
+    return tensor.contiguous().view(-1).view(uint8).numpy().data
+
+
+@contextmanager
+def job(out: Path, description: Mapping[str, Any], files: Sequence[str] = ()) -> Iterator[Job]:
+    """A job that makes `out`, which is there, whole, only if the block ends well; else what is done is kept.
+
+    description: what determines every byte of the result; work that another job left is thrown away. files: of these
+    names are made, beside each other, the last of them is `out`; none: `out` is a folder. CheckpointError if something
+    of the name exists, or another process is making it.
+    """
+    out = out.absolute()
+    finals = [out.parent / name for name in files] or [out]
+    for final in finals:
+        if final.exists() and (files or not final.is_dir() or any(final.iterdir())):
+            raise CheckpointError(f"{final} exists already; remove it or choose another name")
+    scratch = out.with_name(f".{out.name}.making")
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with _only_one(scratch, out):
+            made = Job(scratch, description)
+            yield made
+            for final in finals:
+                (made.result / final.name if files else made.result).replace(final)
+            shutil.rmtree(scratch)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}; repeat the command to go on") from error
+
+
+@contextmanager
+def _only_one(folder: Path, out: Path) -> Iterator[None]:
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another process is making {out}; wait for it to finish") from None
+        yield
+    finally:
+        os.close(fd)
