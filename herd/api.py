@@ -4,7 +4,6 @@ Shape suffixes: T tokens, V vocabulary.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,8 @@ from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
 from herd.errors import ContextError
+from herd.formats import BF16, GROUP, Format, Weights, parse
 from herd.model import KVRow, Transformer
-from herd.model.packed import Bits
 from herd.model.quantized import pack_halves, quantize
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
@@ -108,46 +107,52 @@ class Model:
 def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
-    `@int8`, `@int4` or such as `@int4:32` after the name quantises the weights, in groups of at most 64 inputs or that
-    many; `@bf16` does not. Without, Cria is int8 and other models are as stored. Contexts are bound to it. dtype: of
-    weights that are not quantised; None: as stored. CheckpointError or ConfigError if there is no such model or it
-    cannot be loaded.
+    `@int8`, `@int4`, such as `@int4:32`, or `@fp8` after the name rounds the weights to a format, in groups of at most
+    64 inputs or that many; such as `@experts=int4,shared=int4,head=int8` does so part by part (experts, shared,
+    attention, head; the others are bf16). `@bf16` leaves them. Without, Cria is int8 and other models are as stored.
+    Contexts are bound to it. dtype: of weights that are not quantised; None: as stored, bfloat16 if only some parts are
+    quantised. CheckpointError or ConfigError if there is no such model or format, or it cannot be loaded.
     """
     folder, weights = find_model(path_or_name)
+    if dtype is None and weights is not None and BF16 in weights.formats.values():
+        dtype = torch.bfloat16
     transformer = checkpoint.load(folder, dtype)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
-        quantize(transformer, *weights)
-        identity = hashlib.sha256(f"{identity} {tuple(weights)}".encode()).hexdigest()
+        quantize(transformer, weights)
+        identity = hashlib.sha256(f"{identity} {_identity(weights)}".encode()).hexdigest()
     elif transformer.memory_dtype == torch.bfloat16:
         pack_halves(transformer)
     return Model(str(path_or_name), folder, transformer.config, Tokenizer.load(folder), transformer, identity)
 
 
+def _identity(weights: Weights) -> str:
+    """What a fingerprint says of formats. One of all parts in steps is told as it was before parts could be chosen."""
+    form = weights.uniform
+    return str((form.bits, form.group)) if form is not None and form.whole else str(weights)
+
+
 class Found(NamedTuple):
-    """What a model's name stands for: its folder, and how its weights are quantised, if they are."""
+    """What a model's name stands for: its folder, and the formats that its weights are rounded to, if they are."""
 
     folder: Path
-    weights: Bits | None
-
-
-_WEIGHTS = re.compile(r"@(?:bf16|int(?P<bits>4|8)(?::(?P<group>\d+))?)$")
-_GROUP = 64  # perplexity rises with it and speed, too (LOG 15)
+    weights: Weights | None
 
 
 def find_model(path_or_name: str | Path) -> Found:
-    """What a name stands for. A folder of exactly this name wins over what else the name may mean."""
-    name = str(path_or_name)
-    asked = None if Path(name).exists() else _WEIGHTS.search(name)
-    if asked is not None:
-        name = name[: asked.start()]
+    """What a name stands for. A folder of exactly this name wins over what else the name may mean.
+
+    ConfigError if what follows the last @ is no format of weights.
+    """
+    name, weights = str(path_or_name), None
+    asked = "@" in Path(name).name and not Path(name).exists()
+    if asked:
+        name, _, form = name.rpartition("@")
+        weights = parse(form)
     ours = name == "cria" and not Path(name).exists()
-    weights = None
-    if asked is None and ours:
-        weights = Bits(8, _GROUP)
-    elif asked is not None and asked["bits"]:
-        weights = Bits(int(asked["bits"]), int(asked["group"] or _GROUP))
-    return Found(cria_path() if ours else Path(name), weights)
+    if ours and not asked:
+        weights = Weights.all(Format("int8", GROUP))
+    return Found(cria_path() if ours else Path(name), None if weights == Weights() else weights)
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,45 @@ import pytest
 
 import herd
 from herd import api
-from herd.errors import ContextError, PromptError
+from herd.errors import ConfigError, ContextError, PromptError
 
 
 @pytest.mark.parametrize(
     ("name", "folder", "weights"),
     [
-        ("cria", "built", (8, 64)),
+        ("cria", "built", "int8:64"),
         ("cria@bf16", "built", None),
-        ("cria@int8:256", "built", (8, 256)),
-        ("cria@int4:32", "built", (4, 32)),
+        ("cria@int8:256", "built", "int8:256"),
+        ("cria@int4:32", "built", "int4:32"),
+        ("cria@experts=int4,head=int8", "built", "experts=int4:64,head=int8:64"),
         ("models/other", "models/other", None),
-        ("models/other@int4", "models/other", (4, 64)),
+        ("models/other@int4", "models/other", "int4:64"),
         ("models/other@bf16", "models/other", None),
-        ("other@int5", "other@int5", None),
+        ("me@home/other", "me@home/other", None),
     ],
 )
-def test_a_name_stands_for_a_folder_and_a_format_of_weights(
-    name: str, folder: str, weights: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_name_stands_for_a_folder_and_formats_of_weights(
+    name: str, folder: str, weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "cria_path", lambda: Path("built"))
-    assert api.find_model(name) == (Path(folder), weights)
+    found = api.find_model(name)
+    assert found.folder == Path(folder) and (found.weights and str(found.weights)) == weights
     Path(name).mkdir(parents=True)
     assert api.find_model(name) == (Path(name), None), "a folder of this name wins"
+
+
+@pytest.mark.parametrize("name", ["other@int5", "cria@", "other@experts=int8,norms=bf16"])
+def test_a_name_with_an_unknown_format_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"weights cannot be 'int5'; use bf16|cannot be ''|its parts: experts, "):
+        api.find_model(name)
+
+
+def test_each_choice_of_formats_is_a_model_of_its_own(tiny_model: Path) -> None:
+    names = ("", "@int8:8", "@int4:8", "@experts=int8:8", "@shared=int8:8", "@attention=fp8")
+    prints = [herd.load(f"{tiny_model}{name}").fingerprint for name in names]
+    assert len(set(prints)) == len(names)
+    assert herd.load(f"{tiny_model}@experts=int8:8,shared=int8:8,attention=int8:8,head=int8:8").fingerprint == prints[1]
 
 
 @pytest.fixture

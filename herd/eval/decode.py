@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from herd.api import Model, find_model
+from herd.api import Model
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.scan import runs
 from herd.context.store import Store, spec_for
@@ -69,13 +69,10 @@ def read_bytes(model: Model, store: Store) -> float:
     """Bytes that each new token must read (see the module)."""
     kept = (kv for run in runs(store) for kv in run.layers)
     keys = sum(kv.k_GNd.nbytes + (0 if kv.k_scale_GN is None else kv.k_scale_GN.nbytes) for kv in kept)
-    return keys + limits.weights_read(model.config) * weight_bits(model) / 8
-
-
-def weight_bits(model: Model) -> float:
-    """Bits of a weight as it is kept, with its part of a scale of 32 bits for a group."""
-    packed = find_model(model.name).weights
-    return 8 * model.transformer.memory_dtype.itemsize if packed is None else packed.bits + 32 / packed.group
+    packed = model.transformer.packed
+    if packed is not None:
+        return keys + packed.bytes_read
+    return keys + limits.weights_read(model.config) * model.transformer.memory_dtype.itemsize
 
 
 def _share(needed: float, seconds: float) -> report.Result:

@@ -11,11 +11,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from herd.errors import ConfigError
-from herd.kernels import native, reference
+from herd.formats import Format
+from herd.kernels import native, panels, reference, scaled
 from herd.kernels.native import Parts
 from herd.kernels.reference import (
     Attention,
     Part,
+    PlainWeight,
     apply_rope,
     attend,
     dequantize_kv,
@@ -25,12 +27,13 @@ from herd.kernels.reference import (
     swiglu,
 )
 
-Weight = reference.PlainWeight | native.PackedWeight
+Weight = PlainWeight | native.PackedWeight | scaled.Fp8Weight | scaled.Int4Weight
 
 __all__ = [
     "Attention",
     "Part",
     "Parts",
+    "PlainWeight",
     "Weight",
     "apply_rope",
     "attend",
@@ -39,10 +42,12 @@ __all__ = [
     "dequantize_kv",
     "expert_mlp",
     "implementation",
+    "kept_codes",
     "linear",
     "merge_partials",
     "operations",
     "pack",
+    "place",
     "quantize_kv",
     "rms_norm",
     "runs_layers",
@@ -106,9 +111,28 @@ def causal_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor) -> Tensor:
     return use.causal_attention(q_BTHd, k_BTGd, v_BTGd)
 
 
-def pack(w_NK: Tensor, bits: int, group: int) -> Weight:
-    """See `reference.pack`. A weight stays with the implementation that packed it."""
-    return (native if _choice().native else reference).pack(w_NK, bits, group)
+def pack(w_NK: Tensor, form: Format) -> Weight:
+    """A weight rounded to the nearest numbers of a format other than bf16. It stays with what packed it."""
+    if form.kind == "fp8":
+        return scaled.pack_fp8(w_NK)
+    if _choice().native and w_NK.device.type == "cpu":
+        return native.pack(w_NK, form.bits, form.group)
+    return place(reference.pack(w_NK, form.bits, form.group))
+
+
+def place(weight: PlainWeight) -> Weight:
+    """A weight of these codes, as what multiplies it here wants it."""
+    if weight.q_NK.device.type != "cpu":
+        return scaled.pack_int4(weight) if scaled.takes_int4(weight) else weight
+    return panels.pack_codes(weight.q_NK, weight.scale_Ng, weight.bits) if _choice().native else weight
+
+
+def kept_codes(weight: Weight) -> PlainWeight:
+    """The codes and scales of a weight in 8 or 4 bits: what `place` was given, or what numbers were rounded to."""
+    if isinstance(weight, native.PackedWeight):
+        return PlainWeight(*panels.codes(weight), weight.bits)
+    assert isinstance(weight, PlainWeight), type(weight)
+    return weight
 
 
 def runs_layers(weight: Tensor, head_dim: int) -> bool:
@@ -117,5 +141,7 @@ def runs_layers(weight: Tensor, head_dim: int) -> bool:
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """See `reference.linear`."""
-    return native.linear(x, weight) if isinstance(weight, native.PackedWeight) else reference.linear(x, weight)
+    """See `reference.linear` and `scaled.linear`."""
+    if isinstance(weight, native.PackedWeight):
+        return native.linear(x, weight)
+    return reference.linear(x, weight) if isinstance(weight, PlainWeight) else scaled.linear(x, weight)

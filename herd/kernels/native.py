@@ -73,6 +73,11 @@ class PackedWeight:
     group: int
     bits: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of numbers and scales."""
+        return self.packed.nbytes + self.scale.nbytes
+
     def struct(self) -> Weight:
         """It as the library sees it; good while this object lives."""
         (N, K), scale = self.shape, self.scale

@@ -8,6 +8,7 @@ head.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -78,14 +79,21 @@ def expert_mlp(x_ND: Tensor, expert_N: Tensor, gate_up_EDF: Tensor, down_EFD: Te
 
     gate_up_EDF holds gate and up side by side: [E, D, 2F].
     """
-    order = expert_N.argsort(stable=True)
-    counts = torch.bincount(expert_N, minlength=gate_up_EDF.shape[0]).tolist()
-    rows = x_ND[order].split(counts)
-    outs = [
-        swiglu(*(x @ gate_up).chunk(2, dim=-1)) @ down if len(x) else x
-        for x, gate_up, down in zip(rows, gate_up_EDF.unbind(0), down_EFD.unbind(0), strict=True)
-    ]
-    return torch.empty_like(x_ND).index_copy(0, order, torch.cat(outs))
+    sorted_N, order_N = expert_N.sort(stable=True)
+    experts_E = torch.arange(len(gate_up_EDF), device=expert_N.device)
+    ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+    hidden_NF = swiglu(*_grouped(x_ND[order_N], gate_up_EDF, ends_E).chunk(2, -1))
+    return torch.empty_like(x_ND).index_copy(0, order_N, _grouped(hidden_NF, down_EFD, ends_E))
+
+
+def _grouped(x_ND: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows up to ends_E[0] times the first weight, from there up to ends_E[1] times the second, and so on."""
+    # PyTorch's operation, which needs not wait for a GPU to say how many rows there are, takes rows of 16 bytes.
+    if x_ND.dtype != torch.float64 and not any(x.shape[-1] * x.itemsize % 16 for x in (x_ND, w_EDF)):
+        return F.grouped_mm(x_ND, w_EDF, offs=ends_E)
+    ends = [0, *ends_E.tolist()]
+    rows = [x_ND[start:end] for start, end in pairwise(ends)]
+    return torch.cat([x @ w for x, w in zip(rows, w_EDF.unbind(0), strict=True)])
 
 
 def quantize_kv(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -181,14 +189,16 @@ def attend_parts(q_GRd: Tensor, parts: Sequence[Part], missed: float, elsewhere_
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A weight [N, K] as int8 numbers, with float32 scales [K / group, N] over groups of inputs."""
+    """A weight [N, K] as whole numbers of steps: int8 codes of 8 or 4 bits, and float32 scales [N, K / group]."""
 
     q_NK: Tensor
-    scale_gN: Tensor
+    scale_Ng: Tensor
+    bits: int
 
 
 def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
-    """A weight quantised for `linear`, symmetric: 8 bits from -127 to 127, 4 bits from -8 to 7 (spec §7).
+    """A weight rounded to the nearest codes, for `linear`, symmetric: 8 bits from -127 to 127, 4 bits from -8 to 7
+    (spec §7).
 
     K is a multiple of 8. group: how many inputs share a scale at most, see `fitting_group`.
     """
@@ -197,7 +207,7 @@ def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
     w_NgK = w_NK.float().unflatten(1, (-1, group))
     scale_Ng = w_NgK.abs().amax(-1).clamp(min=1e-6) / -low
     q_NgK = (w_NgK / scale_Ng.unsqueeze(-1)).round().clamp(low, high)
-    return PlainWeight(q_NgK.flatten(1).to(torch.int8).contiguous(), scale_Ng.T.contiguous())
+    return PlainWeight(q_NgK.flatten(1).to(torch.int8).contiguous(), scale_Ng, bits)
 
 
 def fitting_group(K: int, most: int) -> int:
@@ -207,12 +217,12 @@ def fitting_group(K: int, most: int) -> int:
 
 def linear(x: Tensor, weight: PlainWeight) -> Tensor:
     """x [..., K] times weight^T, [..., N] in x's type. Each row is quantised to int8 over the same groups of inputs."""
-    groups = len(weight.scale_gN)
+    groups = weight.scale_Ng.shape[1]
     x_MgK = x.flatten(0, -2).float().unflatten(1, (groups, -1))
     most_Mg1 = x_MgK.abs().amax(-1, keepdim=True)
     # Not 127 / most, which torch computes as a reciprocal times 127: another number, and ties are frequent in bfloat16.
     inverse_Mg1 = (torch.tensor(127.0) / most_Mg1).nan_to_num(posinf=0.0)
     q_gMK = (x_MgK * inverse_Mg1).round().transpose(0, 1)
     w_gKN = weight.q_NK.float().unflatten(1, (groups, -1)).permute(1, 2, 0)
-    out_MN = (q_gMK @ w_gKN * (most_Mg1 / 127).transpose(0, 1) * weight.scale_gN.unsqueeze(1)).sum(0)
+    out_MN = (q_gMK @ w_gKN * (most_Mg1 / 127).transpose(0, 1) * weight.scale_Ng.T.unsqueeze(1)).sum(0)
     return out_MN.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -6,41 +6,46 @@ d / 2.
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from herd import kernels
 from herd.config import TextConfig
-from herd.kernels import layers, native, rms_norm
-from herd.kernels.layers import Layer, Layers, Mlp, Shape, Span, Tokens, pack_mlp
+from herd.kernels import layers, rms_norm
+from herd.kernels.layers import Layer, Layers, Shape, Source, Span, Tokens
 from herd.kernels.native import PackedWeight
 from herd.model.attention import causal_attention
 from herd.model.cache import Cache, KVRow, KVRows
-from herd.model.moe import DenseMLP, MoE
 from herd.model.rope import inverse_frequencies, rope_angles, temperature
-
-if TYPE_CHECKING:
-    from herd.model.transformer import Block, Transformer
-
-
-class Bits(NamedTuple):
-    """Of weights: 8 or 4 in groups of inputs, or 16, which are bfloat16."""
-
-    bits: int
-    group: int
 
 
 class Packed:
     """Layers, last norm and head of a transformer."""
 
-    def __init__(self, cfg: TextConfig, packed: Sequence[Layer], norm_D: Tensor, head: PackedWeight) -> None:
+    def __init__(
+        self,
+        cfg: TextConfig,
+        packed: Sequence[Layer],
+        norm_D: Tensor,
+        head: PackedWeight,
+        source: Source | None = None,
+    ) -> None:
+        """source: of the experts, where they are not in memory."""
         self.cfg = cfg
         heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
-        self._layers = Layers(Shape(cfg.hidden_size, *heads, cfg.head_dim, cfg.rms_norm_eps), packed)
-        self._norm_D, self._head = norm_D, head
+        self._layers = Layers(Shape(cfg.hidden_size, *heads, cfg.head_dim, cfg.rms_norm_eps), packed, source)
+        self.layers, self.norm_D, self.head = packed, norm_D, head
         self._inverse_frequencies = inverse_frequencies(cfg)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the weights that one token passes through."""
+        read = [self.head]
+        for layer in self._layers.layers:
+            mlps = (layer.shared, *layer.experts[: layer.top_k])
+            read += [layer.qkv, layer.out, *(weight for mlp in mlps for weight in (mlp.gate_up, mlp.down))]
+        return sum(weight.nbytes for weight in read)
 
     def states(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
         """What the layers make of embeddings, float32 [B, T, D]; see `Transformer.states`."""
@@ -80,7 +85,7 @@ class Packed:
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Transformer.logits`."""
-        return kernels.linear(rms_norm(x, self._norm_D, self.cfg.rms_norm_eps), self._head)
+        return kernels.linear(rms_norm(x, self.norm_D, self.cfg.rms_norm_eps), self.head)
 
     def _tokens(self, x_BTD: Tensor, positions_BT: Tensor) -> Tokens:
         cfg, positions_N = self.cfg, positions_BT.flatten().clamp(min=0)
@@ -116,42 +121,3 @@ def _span(row: KVRow, first: int, tokens: int, position: int, run: range) -> Spa
     assert chunk is None or position % chunk + tokens <= chunk, "the tokens are of one attention chunk"
     assert every + tokens <= row.tokens, f"{every + tokens} tokens in memory for {row.tokens}"
     return Span(first, tokens, local, every, row.local_capacity, row.tokens, row.addresses(run))
-
-
-def pack(transformer: "Transformer", bits: Bits) -> None:
-    """Let the native library run a transformer, whose layers and head are given up for that, one after the other."""
-    blocks, packed = transformer.blocks, list[Layer]()
-    transformer.model.layers = nn.ModuleList()  # type: ignore[assignment]
-    while blocks:
-        packed.append(_pack(blocks.pop(0), bits))
-    head = native.pack(transformer.lm_head.weight.detach(), *bits)
-    transformer.packed = Packed(transformer.config, packed, transformer.model.norm.weight.detach().float(), head)
-    del transformer.lm_head
-
-
-def _pack(block: "Block", bits: Bits) -> Layer:
-    attn, moe = block.self_attn, block.feed_forward if isinstance(block.feed_forward, MoE) else None
-    qkv = torch.cat([part.weight.detach() for part in (attn.q_proj, attn.k_proj, attn.v_proj)])
-    return Layer(
-        attention_norm_D=block.input_layernorm.weight.detach().float(),
-        mlp_norm_D=block.post_attention_layernorm.weight.detach().float(),
-        qkv=native.pack(qkv, *bits),
-        out=native.pack(attn.o_proj.weight.detach(), *bits),
-        shared=_mlp(cast(DenseMLP, block.feed_forward) if moe is None else moe.shared_expert, bits),
-        experts=() if moe is None else tuple(_experts(moe, bits)),
-        router_ED=None if moe is None else moe.router.weight.detach().float().contiguous(),
-        top_k=0 if moe is None else moe.top_k,
-        local=attn.local,
-        qk_norm=attn.cfg.use_qk_norm,
-    )
-
-
-def _mlp(mlp: DenseMLP, bits: Bits) -> Mlp:
-    gate, up, down = (part.weight.detach() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    return pack_mlp(gate, up, down, *bits)
-
-
-def _experts(moe: MoE, bits: Bits) -> list[Mlp]:
-    weights = zip(moe.experts.gate_up_proj.detach(), moe.experts.down_proj.detach(), strict=True)
-    halves = ((gate_up_DF.T.chunk(2), down_FD.T) for gate_up_DF, down_FD in weights)
-    return [pack_mlp(gate, up, down, *bits) for (gate, up), down in halves]

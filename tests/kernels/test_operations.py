@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from herd import kernels
+from herd.formats import Format
 from herd.kernels import native, reference
 
 
@@ -32,7 +33,7 @@ def test_what_is_called_reference_is_what_is_run(monkeypatch: pytest.MonkeyPatch
     assert not by("native")
     assert {"layers", "linear"} < by("reference (HERD_KERNELS)")
     assert not kernels.runs_layers(torch.empty(0), 64)
-    assert isinstance(kernels.pack(torch.randn(4, 8), 8, 8), reference.PlainWeight)
+    assert isinstance(kernels.pack(torch.randn(4, 8), Format("int8", 8)), reference.PlainWeight)
     assert all(getattr(kernels, name) is getattr(reference, name) for name in by("reference (no native version)"))
 
 

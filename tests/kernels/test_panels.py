@@ -43,7 +43,7 @@ def test_the_library_multiplies_them_as_the_reference_does(N: int, sizes: tuple[
     codes_NK, scale_NG = drawn(N, *sizes, bits, M)
     x_MK = torch.randn(M, codes_NK.shape[1], generator=torch.Generator().manual_seed(N))
     ours = native.linear(x_MK, panels.pack_codes(codes_NK, scale_NG, bits))
-    expected = reference.linear(x_MK, PlainWeight(codes_NK, scale_NG.T.contiguous()))
+    expected = reference.linear(x_MK, PlainWeight(codes_NK, scale_NG, bits))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -55,7 +55,7 @@ def test_codes_of_the_reference_are_packed_as_the_library_packs_numbers(
 ) -> None:
     w_NK = torch.randn(N, sizes[0] * sizes[1], generator=torch.Generator().manual_seed(seed))
     theirs, plain = native.pack(w_NK, bits, sizes[1]), reference.pack(w_NK, bits, sizes[1])
-    ours = panels.pack_codes(plain.q_NK, plain.scale_gN.T, bits)
+    ours = panels.pack_codes(plain.q_NK, plain.scale_Ng, bits)
     assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.scale, theirs.scale)
     assert (ours.shape, ours.group, ours.bits) == (theirs.shape, theirs.group, theirs.bits)
 

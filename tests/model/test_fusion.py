@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from herd.errors import PromptError
+from herd.formats import Format, Weights
 from herd.kernels import native
 from herd.model.fusion import Patches, places
 from herd.model.quantized import pack_halves, quantize
@@ -19,7 +20,7 @@ def test_features_that_are_embeddings_change_nothing(weights: str) -> None:
     if weights != "plain":
         if native.load()[0] is None:
             pytest.skip("the native library is not there")
-        pack_halves(model) if weights == "halves" else quantize(model, 8, 32)
+        pack_halves(model) if weights == "halves" else quantize(model, Weights.all(Format("int8", 32)))
         assert model.packed is not None
     ids = tokens(2, 29) % PATCH
     hidden = ids.clone()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from herd import kernels
 from herd.config import TextConfig
+from herd.formats import Format, Weights
 from herd.model import KVCache, Transformer
 from herd.model.cache import KVRows
 from herd.model.quantized import pack_halves, quantize
@@ -41,15 +42,16 @@ Pair = tuple[Transformer, Transformer]  # packed, and in PyTorch
 def pair(bits: int, cfg: TextConfig = CONFIG) -> Pair:
     model = decisive(build(cfg))
     ours, theirs = deepcopy(model), model
+    weights = Weights.all(Format(f"int{bits}", GROUP))
     with pytest.MonkeyPatch.context() as patch:
         if bits == 16:
             pack_halves(ours.bfloat16())
             # What is packed holds activations in float32.
             ours.float(), theirs.bfloat16().float()
         else:
-            quantize(ours, bits, GROUP)
+            quantize(ours, weights)
             patch.setenv("HERD_KERNELS", "reference")
-            quantize(theirs, bits, GROUP)
+            quantize(theirs, weights)
     assert ours.packed is not None and theirs.packed is None
     return ours, theirs
 
