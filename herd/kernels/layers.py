@@ -5,18 +5,23 @@ Shape suffixes: N tokens, D hidden, F expert width, E experts, H query heads, G 
 """
 
 import ctypes
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from herd.kernels import native
 from herd.kernels.native import PackedWeight
+from herd.kernels.reference import fitting_group
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _S = TypeVar("_S", bound=ctypes.Structure)
+PAGE = 4096  # bytes: what disks and operating systems read at least
 _GATES = 16  # that stand together, followed by their ups (levels.h)
 
 
@@ -26,6 +31,63 @@ class Mlp:
 
     gate_up: PackedWeight
     down: PackedWeight
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """What is known of a packed weight without its numbers."""
+
+    shape: tuple[int, int]
+    group: int
+    bits: int
+
+    @classmethod
+    def of(cls, N: int, K: int, bits: int, group: int) -> "WeightForm":
+        """As `native.pack` makes them of so many outputs and inputs."""
+        return cls((N, K), K if bits == 16 else fitting_group(K, group), bits)
+
+    @property
+    def codes(self) -> int:
+        """Bytes of its codes."""
+        return _panels(self.shape[0]) * native.PANEL * self.shape[1] * self.bits // 8
+
+    @property
+    def scales(self) -> tuple[int, int, int]:
+        """Shape of its scales."""
+        N, K = self.shape
+        return _panels(N), 0 if self.bits == 16 else K // self.group, native.PANEL
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales, which follow them: a multiple of 64."""
+        return self.codes + 4 * math.prod(self.scales)
+
+    def placed(self, at: Tensor) -> PackedWeight:
+        """The weight that stands in these bytes."""
+        scale = at[self.codes : self.nbytes].view(torch.float32).view(self.scales)
+        return PackedWeight(at[: self.codes], scale, self.shape, self.group, self.bits)
+
+
+@dataclass(frozen=True)
+class MlpForm:
+    """What is known of an `Mlp` without its numbers."""
+
+    gate_up: WeightForm
+    down: WeightForm
+
+    @classmethod
+    def of(cls, D: int, F: int, bits: int, group: int) -> "MlpForm":
+        """As `pack_mlp` makes them."""
+        return cls(WeightForm.of(2 * (F + -F % _GATES), D, bits, group), WeightForm.of(D, F, bits, group))
+
+    @property
+    def nbytes(self) -> int:
+        """Of both, one after the other, in whole pages, so that it can be read alone and past the page cache."""
+        return -(-(self.gate_up.nbytes + self.down.nbytes) // PAGE) * PAGE
+
+    def placed(self, at: Tensor) -> Mlp:
+        """The block that stands in these bytes."""
+        return Mlp(self.gate_up.placed(at), self.down.placed(at[self.gate_up.nbytes :]))
 
 
 @dataclass(frozen=True)
@@ -105,10 +167,20 @@ class _Batch(ctypes.Structure):
 
 def pack_mlp(gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, bits: int, group: int) -> Mlp:
     """The weights of a SwiGLU block, see `native.pack`."""
+    return Mlp(native.pack(interleaved(gate_FD, up_FD), bits, group), native.pack(down_DF, bits, group))
+
+
+def interleaved(gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+    """Gates and ups as `Mlp` has them: 16 gates, the 16 ups that belong to them, and so on; missing ones are 0."""
     pad = -len(gate_FD) % _GATES
     gate, up = (nn.functional.pad(w, (0, 0, 0, pad)).unflatten(0, (-1, _GATES)) for w in (gate_FD, up_FD))
-    gate_up = torch.stack([gate, up], 1).flatten(0, 2)
-    return Mlp(native.pack(gate_up, bits, group), native.pack(down_DF, bits, group))
+    return torch.stack([gate, up], 1).flatten(0, 2)
+
+
+def apart(gate_up: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """`interleaved` undone, for F gates."""
+    gate, up = gate_up.unflatten(0, (-1, 2, _GATES)).unbind(1)
+    return gate.flatten(0, 1)[:F], up.flatten(0, 1)[:F]
 
 
 def memory(tokens: int, G: int, d: int) -> Tensor:
@@ -126,11 +198,25 @@ def addresses(memories: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (_P * len(memories))(*(m.data_ptr() for m in memories))
 
 
+class Source(Protocol):
+    """Where experts come from that are not all in memory: what `Layer.experts` holds of them is their shapes."""
+
+    def load(self, layer: int, wanted: Sequence[int], x_ND: Tensor) -> Generator[Mapping[int, Mlp], None, None]:
+        """Experts of a layer by number, until all that are wanted were there. First, and at once, those that are in
+        memory, maybe none; then waits for others. They are there until the next ones are asked for.
+
+        x_ND: the states that this layer adds to, which tell what the next layer may want.
+        """
+        ...
+
+
 class Layers:
     """Some layers, one after the other."""
 
-    def __init__(self, shape: Shape, layers: Sequence[Layer]) -> None:
-        self.shape, self.layers = shape, list(layers)
+    def __init__(self, shape: Shape, layers: Sequence[Layer], source: Source | None = None) -> None:
+        """source: of the experts, where they are not in memory."""
+        self.shape, self.layers, self._source = shape, list(layers), source
+        self._turn = threading.Lock()  # of the thread whose experts are in place
         self._experts = [_array(_Mlp, [_mlp(e) for e in layer.experts]) for layer in layers]
         self._layers = _array(_Layer, [_layer(x, e) for x, e in zip(layers, self._experts, strict=True)])
         self._decoder = _Decoder(shape.D, shape.H, shape.G, shape.d, shape.eps)
@@ -138,6 +224,10 @@ class Layers:
 
     def run(self, first: int, last: int, tokens: Tokens, spans: Sequence[Span]) -> None:
         """Layers from `first` to before `last`; `Span.memory` begins at `first`. Sequences see only themselves."""
+        if self._source is not None:
+            for at in range(first, last):
+                self.finish(at, tokens, self._attend(at, at - first, tokens, spans))
+            return
         layers = ctypes.byref(self._layers, first * ctypes.sizeof(_Layer))
         batch, sequences, threads = _batch(tokens), _array(Span, spans), torch.get_num_threads()
         self._library.herd_run(
@@ -157,9 +247,42 @@ class Layers:
         """The rest of a layer, from what attention gave."""
         layer, attended_NHd = ctypes.byref(self._layers, at * ctypes.sizeof(_Layer)), attended_NHd.float().contiguous()
         batch, threads = _batch(tokens), torch.get_num_threads()
-        self._library.herd_finish(
-            ctypes.byref(self._decoder), layer, ctypes.byref(batch), attended_NHd.data_ptr(), threads
-        )
+        given = (ctypes.byref(self._decoder), layer, ctypes.byref(batch), attended_NHd.data_ptr())
+        if self._source is None or not self.layers[at].experts:
+            self._library.herd_finish(*given, threads)
+            return
+        count_E = (_I32 * len(self.layers[at].experts))()
+        with self._turn:
+            routed = self._library.herd_route(*given, count_E, threads)
+            try:
+                self._feed_forward(at, routed, list(count_E), tokens.x_ND)
+            finally:
+                self._library.herd_add_routed(routed, threads)
+
+    def _feed_forward(self, at: int, routed: int, count_E: Sequence[int], x_ND: Tensor) -> None:
+        """The shared block and the experts that have tokens, as they come."""
+        assert self._source is not None
+        wanted, shared = [e for e, count in enumerate(count_E) if count], True
+        with closing(self._source.load(at, wanted, x_ND)) as coming:
+            for experts in coming:
+                for e, mlp in experts.items():
+                    self._experts[at][e] = _mlp(mlp)
+                which = bytes([shared, *(e in experts for e in range(len(count_E)))])
+                self._library.herd_feed_forward(routed, which, torch.get_num_threads())
+                shared = False
+
+    def _attend(self, at: int, memory: int, tokens: Tokens, spans: Sequence[Span]) -> Tensor:
+        """What attention gives of sequences that see only themselves, [N, H, d]; memory: which of theirs."""
+        layer = ctypes.byref(self._layers, at * ctypes.sizeof(_Layer))
+        attended_NHd = torch.empty(len(tokens.x_ND), self.shape.H, self.shape.d)
+        batch, sequences, threads = _batch(tokens), _array(Span, spans), torch.get_num_threads()
+        given = (ctypes.byref(self._decoder), layer, ctypes.byref(batch), sequences, len(spans), memory)
+        self._library.herd_own(*given, attended_NHd.data_ptr(), threads)
+        return attended_NHd
+
+
+def _panels(N: int) -> int:
+    return -(-N // native.PANEL)
 
 
 def _array(kind: type[_S], items: Sequence[_S]) -> ctypes.Array[_S]:

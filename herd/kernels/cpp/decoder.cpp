@@ -181,7 +181,8 @@ struct Routing {
   }
 };
 
-// The output projection of attention and the feed-forward block, each added to x.
+// The output projection of attention and the feed-forward block, each added to x. That is `run`, or `route`, some `plan`s,
+// each with its `feed_forward`, and `add_routed`.
 struct Finish {
   const Decoder& decoder;
   const Layer& layer;
@@ -191,19 +192,27 @@ struct Finish {
   Rows out, in, mid, routed_in, routed_mid;
   Routing routing;
   Buffer<float> normed, hidden, routed;
-  Buffer<Product> up, down;  // the shared expert, then those that have tokens
+  Buffer<uint8_t> planned;   // [1 + E]: the shared block, then the experts
+  Buffer<Product> up, down;  // of what is planned and has tokens
   int64_t products = 0;
 
   Finish(const Decoder& decoder, const Layer& layer, const Batch& batch, const float* attended)
       : decoder(decoder), layer(layer), batch(batch), attended(attended), N(batch.N), D(decoder.D), K(layer.top_k),
         width(panels(layer.shared.gate_up.N) * 16), out(N, layer.out), in(N, layer.shared.gate_up),
         mid(N, layer.shared.down), routed_in(N * K, a_routed().gate_up), routed_mid(N * K, a_routed().down),
-        routing(layer, N), normed(N * D), hidden(N * (1 + K) * width), routed(N * K * D), up(layer.E + 1),
-        down(layer.E + 1) {}
+        routing(layer, N), normed(N * D), hidden(N * (1 + K) * width), routed(N * K * D),
+        planned(layer.E + 1), up(layer.E + 1), down(layer.E + 1) {}
 
   const Mlp& a_routed() const { return layer.E ? layer.experts[0] : layer.shared; }
 
   void run() {
+    route();
+    feed_forward();
+    add_routed();
+  }
+
+  // Attention, and which tokens go where; all is planned.
+  void route() {
 #pragma omp for
     for (int64_t n = 0; n < N; n++) out.put(attended + n * layer.out.K, n, 0, N);
     const Product projection = {&layer.out, &out, 0, N};
@@ -218,12 +227,14 @@ struct Finish {
       if (layer.E) routing.choose(x, n, D);
     }
 #pragma omp single
-    plan();
+    {
+      if (layer.E) routing.order();
+      plan(nullptr);
+    }
     if (layer.E) {
 #pragma omp for
       for (int64_t i = 0; i < N * K; i++) put_routed(i);
     }
-    feed_forward();
   }
 
   void add_panel(float* to, const Weight& w, int64_t row, int64_t panel, const float* sums) const {
@@ -231,18 +242,24 @@ struct Finish {
     for (int64_t j = 0; j < count; j++) to[row * D + panel * PANEL + j] += sums[j];
   }
 
-  void plan() {
-    up.at[0] = {&layer.shared.gate_up, &in, 0, N};
-    down.at[0] = {&layer.shared.down, &mid, 0, N};
-    products = 1;
-    if (layer.E) routing.order();
+  int32_t tokens(int64_t e) const { return routing.begin.at[e + 1] - routing.begin.at[e]; }
+
+  // which: [1 + E], or null: all.
+  void plan(const uint8_t* which) {
+    products = 0;
+    for (int64_t i = 0; i < layer.E + 1; i++) planned.at[i] = which ? which[i] : 1;
+    if (planned.at[0]) {
+      up.at[0] = {&layer.shared.gate_up, &in, 0, N};
+      down.at[products++] = {&layer.shared.down, &mid, 0, N};
+    }
     for (int64_t e = 0; e < layer.E; e++) {
-      const int64_t begin = routing.begin.at[e], count = routing.begin.at[e + 1] - begin;
-      if (!count) continue;
-      up.at[products] = {&layer.experts[e].gate_up, &routed_in, begin, count};
-      down.at[products++] = {&layer.experts[e].down, &routed_mid, begin, count};
+      if (!planned.at[1 + e] || !tokens(e)) continue;
+      up.at[products] = {&layer.experts[e].gate_up, &routed_in, routing.begin.at[e], tokens(e)};
+      down.at[products++] = {&layer.experts[e].down, &routed_mid, routing.begin.at[e], tokens(e)};
     }
   }
+
+  bool is_shared(int64_t product) const { return planned.at[0] && product == 0; }
 
   // The score multiplies the expert's input (spec §3.1).
   void put_routed(int64_t i) {
@@ -255,30 +272,35 @@ struct Finish {
   void feed_forward() {
     multiply(up.at, products, [&](int64_t i, int64_t row, int64_t R, int64_t panel, const float* sums) {
       for (int64_t r = 0; r < R; r++)
-        swiglu(sums + r * PANEL, hidden.at + ((i ? N : 0) + row + r) * width + panel * 16);
+        swiglu(sums + r * PANEL, hidden.at + ((is_shared(i) ? 0 : N) + row + r) * width + panel * 16);
     });
+    if (planned.at[0]) {
 #pragma omp for
-    for (int64_t n = 0; n < N; n++) mid.put(hidden.at + n * width, n, 0, N);
+      for (int64_t n = 0; n < N; n++) mid.put(hidden.at + n * width, n, 0, N);
+    }
     if (layer.E) {
 #pragma omp for
       for (int64_t i = 0; i < N * K; i++) {
+        if (!planned.at[1 + routing.expert.at[i]]) continue;
         const int64_t e = routing.expert.at[i], begin = routing.begin.at[e], place = routing.place.at[i];
         routed_mid.put(hidden.at + (N + place) * width, place - begin, begin, routing.begin.at[e + 1] - begin);
       }
     }
     multiply(down.at, products, [&](int64_t i, int64_t row, int64_t R, int64_t panel, const float* sums) {
       for (int64_t r = 0; r < R; r++)
-        if (i)
+        if (!is_shared(i))
           std::memcpy(routed.at + (row + r) * D + panel * PANEL, sums + r * PANEL, columns(layer.shared.down, panel) * 4);
         else
           add_panel(batch.x, layer.shared.down, row + r, panel, sums + r * PANEL);
     });
-    if (layer.E) {
+  }
+
+  void add_routed() {
+    if (!layer.E) return;
 #pragma omp for
-      for (int64_t n = 0; n < N; n++)
-        for (int64_t k = n * K; k < (n + 1) * K; k++)
-          add(batch.x + n * D, routed.at + routing.place.at[k] * D, D);
-    }
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t k = n * K; k < (n + 1) * K; k++)
+        add(batch.x + n * D, routed.at + routing.place.at[k] * D, D);
   }
 };
 
@@ -292,6 +314,42 @@ void finish(const Decoder& decoder, const Layer& layer, const Batch& batch, cons
   Finish rest(decoder, layer, batch, attended);
 #pragma omp parallel num_threads(threads)
   rest.run();
+}
+
+void* route(const Decoder& decoder, const Layer& layer, const Batch& batch, const float* attended, int32_t* tokens,
+            int64_t threads) {
+  Finish* rest = new Finish(decoder, layer, batch, attended);
+#pragma omp parallel num_threads(threads)
+  rest->route();
+  for (int64_t e = 0; e < layer.E; e++) tokens[e] = rest->tokens(e);
+  return rest;
+}
+
+void feed_forward(void* routed, const uint8_t* which, int64_t threads) {
+  Finish& rest = *(Finish*)routed;
+  rest.plan(which);
+#pragma omp parallel num_threads(threads)
+  rest.feed_forward();
+}
+
+void add_routed(void* routed, int64_t threads) {
+  Finish* rest = (Finish*)routed;
+#pragma omp parallel num_threads(threads)
+  rest->add_routed();
+  delete rest;
+}
+
+void attend(const Decoder& decoder, const Layer& layer, const Batch& batch, const Sequence* sequences, int64_t S,
+            int64_t at, float* attended, int64_t threads) {
+  Buffer<float> qkv(batch.N * (decoder.H + 2 * decoder.G) * decoder.d);
+  std::memset(attended, 0, batch.N * decoder.H * decoder.d * 4);  // tokens of no sequence attend to nothing
+  Projection projection(decoder, layer, batch, qkv.at);
+  OwnAttention attention = {decoder, layer, sequences, S, at, qkv.at, attended};
+#pragma omp parallel num_threads(threads)
+  {
+    projection.run();
+    attention.run();
+  }
 }
 
 void run(const Decoder& decoder, const Layer* layers, int64_t count, const Batch& batch, const Sequence* sequences,
@@ -314,6 +372,6 @@ void run(const Decoder& decoder, const Layer* layers, int64_t count, const Batch
 }  // namespace
 
 extern const Layers HERD_NAME(layers);
-const Layers HERD_NAME(layers) = {project, finish, run};
+const Layers HERD_NAME(layers) = {project, finish, run, attend, route, feed_forward, add_routed};
 
 }  // namespace herd

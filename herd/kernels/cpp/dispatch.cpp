@@ -124,3 +124,19 @@ API void herd_run(const herd::Decoder* decoder, const herd::Layer* layers, int64
                   const herd::Sequence* sequences, int64_t S, int64_t threads) {
   herd::chosen()->layers.run(*decoder, layers, count, *batch, sequences, S, threads);
 }
+
+API void herd_own(const herd::Decoder* decoder, const herd::Layer* layer, const herd::Batch* batch,
+                  const herd::Sequence* sequences, int64_t S, int64_t at, float* attended, int64_t threads) {
+  herd::chosen()->layers.attend(*decoder, *layer, *batch, sequences, S, at, attended, threads);
+}
+
+API void* herd_route(const herd::Decoder* decoder, const herd::Layer* layer, const herd::Batch* batch,
+                     const float* attended, int32_t* tokens, int64_t threads) {
+  return herd::chosen()->layers.route(*decoder, *layer, *batch, attended, tokens, threads);
+}
+
+API void herd_feed_forward(void* routed, const uint8_t* which, int64_t threads) {
+  herd::chosen()->layers.feed_forward(routed, which, threads);
+}
+
+API void herd_add_routed(void* routed, int64_t threads) { herd::chosen()->layers.add_routed(routed, threads); }

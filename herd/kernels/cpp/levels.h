@@ -94,10 +94,20 @@ struct Sequence {
 
 // project: q, k and v [N, (H + 2 G) d] that a layer attends with. finish: x after the layer, from what attention gave
 // [N, H, d]. run: x after some layers whose sequences see nothing but themselves.
+//
+// The same layer by layer and in steps, for experts that are not all in memory: attend is the first part of a layer of
+// `run`, the one at `at` of the sequences' memories. route begins what `finish` does and tells how many tokens each expert
+// has [E]; its arguments must live on. feed_forward computes the shared block and experts, those of [1 + E] that are not 0,
+// whose weights must be there now; each is computed once. add_routed is the end, and frees what route gave.
 struct Layers {
   void (*project)(const Decoder&, const Layer&, const Batch&, float* qkv, int64_t threads);
   void (*finish)(const Decoder&, const Layer&, const Batch&, const float* attended, int64_t threads);
   void (*run)(const Decoder&, const Layer*, int64_t count, const Batch&, const Sequence*, int64_t S, int64_t threads);
+  void (*attend)(const Decoder&, const Layer&, const Batch&, const Sequence*, int64_t S, int64_t at, float* attended,
+                 int64_t threads);
+  void* (*route)(const Decoder&, const Layer&, const Batch&, const float* attended, int32_t* tokens, int64_t threads);
+  void (*feed_forward)(void* routed, const uint8_t* which, int64_t threads);
+  void (*add_routed)(void* routed, int64_t threads);
 };
 
 struct Ops {
