@@ -1,57 +1,68 @@
-"""Chat templates: Jinja in a sandbox, rendered so that user text cannot turn into a special token."""
+"""Chat templates: Jinja in a sandbox, rendered so that user text cannot turn into a special token.
 
-import datetime
+A template comes with a model, from anyone. It is rendered in a process of its own, with caps on time, memory and size.
+"""
+
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from herd.errors import CheckpointError, PromptError
+from herd.prompt.render import environment
+from herd.prompt.special import Special
 
+SECONDS = 10.0  # that a template may take
+LONGEST = 1_000_000  # characters of a template
 # A noncharacter of Unicode: never in text meant for interchange, so it can mark where user text must not join up.
 _MARK = "\ufdd0"
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 class ChatTemplate:
-    """One compiled template and the special tokens it may write."""
+    """One template and the special tokens it may write."""
 
-    def __init__(self, source: str, special: Mapping[str, int], named: Mapping[str, str]):
+    def __init__(self, source: str, special: Mapping[str, int], named: Mapping[str, str], seconds: float = SECONDS):
         """named: texts the template may use as variables (`bos_token`, `eos_token`).
 
         CheckpointError if the template is not valid Jinja.
         """
-        self._special = dict(special)
         self._named = dict(named)
         longest_first = sorted(special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if special else None
+        self._longest = max(map(len, special), default=0)
         self._heads = {token[:n] for token in special for n in range(1, len(token))}
         self._tails = {token[n:] for token in special for n in range(1, len(token))}
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = _to_json
-        env.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
+        if len(source) > LONGEST:
+            raise CheckpointError(f"the chat template has {len(source):,} characters, at most {LONGEST:,} can be read")
         try:
-            self._template = env.from_string(source)
-        except jinja2.TemplateError as error:
+            environment().parse(source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template is not valid: {error}") from error
+        self._renderer = _Renderer(source, seconds)
 
     def pieces(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> Iterator[tuple[str, int | None]]:
-        """Rendered conversation as (text, None) and (special token, id) in order."""
+    ) -> Iterator[str]:
+        """The rendered conversation, cut where there are special tokens."""
         text = self._render(messages, add_generation_prompt, variables)
         start = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             if match.start() > start:
-                yield text[start : match.start()].replace(_MARK, ""), None
-            yield match.group(), self._special[match.group()]
+                yield text[start : match.start()].replace(_MARK, "")
+            yield Special(match.group())
             start = match.end()
         if start < len(text):
-            yield text[start:].replace(_MARK, ""), None
+            yield text[start:].replace(_MARK, "")
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
@@ -60,50 +71,94 @@ class ChatTemplate:
             role = message.get("role")
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise PromptError(f"a message needs a role made of letters, such as 'user'; got {role!r}")
-        try:
-            return self._template.render(
-                messages=[self._guard(dict(message)) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._named,
-                **{name: self._guard(value) for name, value in variables.items()},
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refused the conversation: {error}") from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise PromptError(f"the chat template cannot render these messages: {error!r}") from error
+        guarded = {
+            "messages": [self._guard(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._renderer.render(
+            {**guarded, **self._named, **{name: self._guard(value) for name, value in variables.items()}}
+        )
 
     def _guard(self, value: Any) -> Any:
-        """The same value with every special token inside its texts broken up by a mark."""
+        """The same value with every special token inside its texts broken up by a mark; of an image just the type."""
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self._guard(item) for key, item in value.items()}
+            if value.get("type") == "image":
+                return {"type": "image"}
+            return {self._key(key): item if key == "role" else self._guard(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._guard(item) for item in value]
-        return value
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise PromptError(f"a chat template cannot be given a {type(value).__name__}, only what JSON can say")
+
+    def _key(self, key: Any) -> str:
+        if not isinstance(key, str):
+            raise PromptError(f"a chat template cannot be given the key {key!r}, only texts")
+        return self._guard_text(key)
 
     def _guard_text(self, text: str) -> str:
         text = text.replace(_MARK, "")
         if self._pattern is None:
             return text
         text = self._pattern.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
-        longest = max(map(len, self._special))
         # Half a token at either end could be completed by the template or by a neighbouring text.
-        if any(text[-n:] in self._heads for n in range(1, min(longest, len(text) + 1))):
+        if any(text[-n:] in self._heads for n in range(1, min(self._longest, len(text) + 1))):
             text += _MARK
-        if any(text[:n] in self._tails for n in range(1, min(longest, len(text) + 1))):
+        if any(text[:n] in self._tails for n in range(1, min(self._longest, len(text) + 1))):
             text = _MARK + text
         return text
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    """The `tojson` that chat templates are written for: no HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+class _Renderer:
+    """A process that renders one template. It is started at the first request, and again after it had to be ended."""
+
+    def __init__(self, source: str, seconds: float):
+        self._source, self._seconds = source, seconds
+        self._lock = Lock()
+        self._socket: Connection | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """PromptError if the template refuses the variables, fails or goes beyond its caps."""
+        said = json.dumps(variables)
+        # Templates say every text about once; no memory is needed but for what goes in and comes out.
+        caps = f'{{"chars": {4 * len(said) + 1_000_000}, "bytes": {(1 << 29) + 32 * len(said)}, "variables": '
+        with self._lock:
+            try:
+                socket = self._socket or self._start()
+                socket.send_bytes(f"{caps}{said}}}".encode())
+                if not socket.poll(self._seconds):
+                    raise PromptError(f"the chat template was not done in {self._seconds:g} s; give the model another")
+                reply = json.loads(socket.recv_bytes())
+            except BaseException as error:  # such as KeyboardInterrupt: the reply would be taken for that of the next
+                self._end()
+                self._socket = None
+                if isinstance(error, EOFError | OSError):
+                    raise PromptError("the process of the chat template ended; give the model another") from error
+                raise
+        if "error" in reply:
+            raise PromptError(f"the chat template {' '.join(reply['error'].split())}")
+        return str(reply["text"])
+
+    def _start(self) -> Connection:
+        ours, theirs = Pipe()
+        program = Path(__file__).with_name("render.py")
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-P", str(program), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self._socket, self._end = ours, weakref.finalize(self, _end, child, ours)
+        ours.send_bytes(self._source.encode("utf-8", "replace"))
+        return ours
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _end(child: "subprocess.Popen[bytes]", socket: Connection) -> None:
+    socket.close()
+    child.kill()
+    child.wait()

@@ -1,20 +1,24 @@
-"""Tokenizer of a model folder: `tokenizer.json` plus the special ids and the chat template of its JSON files.
+"""Tokenizer of a model folder: `tokenizer.json`, or Meta's `tokenizer.model`, and what its JSON files say of special
+ids and the chat template.
 
 User text can never become a special token: `encode` treats the text of special tokens as plain text, and `chat`
-encodes only those special tokens that the template itself wrote.
+encodes only those special tokens that the chat format itself wrote.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from herd.errors import CheckpointError, PromptError
+from herd.prompt import chat, llama4
+from herd.prompt.chat import Message
+from herd.prompt.special import Special
 from herd.prompt.template import ChatTemplate
 
-Message = Mapping[str, Any]
 _LONGEST = 32  # bytes of the longest token that `prefixes` looks for
 
 
@@ -29,8 +33,10 @@ class Tokenizer:
         pad_id: int | None = None,
         template: str | None = None,
         named: Mapping[str, str] | None = None,
+        pieces: Callable[[str], Iterable[str]] | None = None,
     ):
-        """template: Jinja source; named: its variables `bos_token`, `eos_token`.
+        """template: Jinja source; named: its variables `bos_token`, `eos_token`; pieces: cuts a text into parts that
+        are encoded one by one.
 
         `core` is changed: special tokens in text are no longer parsed.
         """
@@ -38,6 +44,7 @@ class Tokenizer:
         core.no_truncation()
         core.encode_special_tokens = True
         self._core = core
+        self._cut = pieces
         self._special = {str(t.content): i for i, t in core.get_added_tokens_decoder().items() if t.special}
         self._special_ids = frozenset(self._special.values())
         self._check_specials_stay_text()
@@ -48,23 +55,30 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read the tokenizer of a Hugging Face model folder. CheckpointError if a file is missing or malformed."""
+        """Read the tokenizer of a Hugging Face or Meta model folder. CheckpointError if it is missing or malformed."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
-        try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a malformed file
-            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
+        hf, meta = folder / "tokenizer.json", folder / "tokenizer.model"
         settings = _read_json(folder / "tokenizer_config.json")
         generation = _read_json(folder / "generation_config.json")
         config = _read_json(folder / "config.json")
+        pieces = None
+        if hf.is_file():
+            core = _read_core(hf)
+        elif meta.is_file():
+            core, pieces = llama4.read(meta, _BYTE_CHARS), llama4.pieces
+            settings = {"bos_token": llama4.BEGIN, "eos_token": llama4.END, "pad_token": llama4.PAD, **settings}
+        else:
+            raise CheckpointError(f"{folder} has no tokenizer.json, nor Meta's tokenizer.model")
         eos = _first(generation.get("eos_token_id"), config.get("eos_token_id"), _id(core, settings.get("eos_token")))
         pad = _first(generation.get("pad_token_id"), config.get("pad_token_id"), _id(core, settings.get("pad_token")))
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        # Some folders of Llama 4 name only the end of a text, and a turn would not end.
+        stops = [core.token_to_id(token) for token in llama4.STOPS]
+        if None not in stops:
+            eos_ids = [*eos_ids, *(i for i in stops if i not in eos_ids)]
         named = {name: text for name in ("bos_token", "eos_token") if (text := _text(settings.get(name))) is not None}
-        return cls(core, eos_ids=eos_ids, pad_id=pad, template=_template_source(folder, settings), named=named)
+        template = _template_source(folder, settings)
+        return cls(core, eos_ids=eos_ids, pad_id=pad, template=template, named=named, pieces=pieces)
 
     def __len__(self) -> int:
         """Number of ids, special tokens included."""
@@ -72,20 +86,29 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing is added, and special tokens in `text` are encoded as ordinary characters."""
-        return list(self._core.encode(_valid(text), add_special_tokens=False).ids)
+        return list(chain.from_iterable(self._core.encode(p, add_special_tokens=False).ids for p in self._pieces(text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
-        encodings = self._core.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
-        return [list(encoding.ids) for encoding in encodings]
+        pieces = [self._pieces(text) for text in texts]
+        encodings = iter(self._core.encode_batch_fast([p for parts in pieces for p in parts], add_special_tokens=False))
+        return [list(chain.from_iterable(next(encodings).ids for _ in parts)) for parts in pieces]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the half-open range of characters of `text` it covers.
 
         A character that was split into several tokens is covered by each of them.
         """
-        encoding = self._core.encode(_valid(text), add_special_tokens=False)
-        return list(encoding.ids), list(encoding.offsets)
+        ids, offsets, at = list[int](), list[tuple[int, int]](), 0
+        for piece in self._pieces(text):
+            encoding = self._core.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(at + start, at + end) for start, end in encoding.offsets] if at else encoding.offsets
+            at += len(piece)
+        return ids, offsets
+
+    def _pieces(self, text: str) -> list[str]:
+        return [_valid(text)] if self._cut is None else list(self._cut(_valid(text)))
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. PromptError for an id outside the vocabulary."""
@@ -129,16 +152,24 @@ class Tokenizer:
         return dict(self._special)
 
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """Ids of a conversation, by the chat template of the model.
+        """Ids of a conversation: by the chat template of the model, or without one in Llama 4's format if it has its
+        special tokens.
 
-        messages: `{"role": ..., "content": ...}` in order; `variables` are passed to the template (`tools=...`).
-        PromptError if the model has no template, or the template refuses the conversation.
+        messages: `{"role": ..., "content": ...}` in order, with `tool_calls` of assistants (`herd.prompt.tools`).
+        Content is a text, or a list of parts: `{"type": "text", "text": ...}`, and `{"type": "image"}`, which becomes
+        the one token `<|image|>` that `herd.prompt.images.expand` then replaces. variables: those of the template, such
+        as `tools=`; of Llama 4's format `tools=` and `tool_form=`.
+        PromptError if the model has no chat format, or the conversation does not fit it.
         """
-        if self._template is None:
+        if self._template is not None:
+            pieces = self._template.pieces(chat.plain_calls(messages), add_generation_prompt, variables)
+        elif chat.is_known(self._special):
+            pieces = chat.pieces(messages, add_generation_prompt, **variables)
+        else:
             raise PromptError("this model has no chat template; encode the text instead, or add chat_template.jinja")
         ids: list[int] = []
-        for piece, special in self._template.pieces(messages, add_generation_prompt, variables):
-            ids += [special] if special is not None else self.encode(piece)
+        for piece in pieces:
+            ids += [self.token_id(piece)] if isinstance(piece, Special) else self.encode(piece)
         return ids
 
     def _check_specials_stay_text(self) -> None:
@@ -197,6 +228,13 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode("utf-8")
     return text
+
+
+def _read_core(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
