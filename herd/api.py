@@ -4,6 +4,7 @@ Shape suffixes: T tokens, V vocabulary.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from herd import checkpoint
 from herd.checkpoint.cria import cria_path
+from herd.checkpoint.room import parse_bytes
 from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
@@ -23,7 +25,7 @@ from herd.context.read import Progress, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
-from herd.errors import ContextError
+from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, GROUP, Format, Weights, parse
 from herd.model import KVRow, Transformer
 from herd.model.quantized import pack_halves, quantize
@@ -104,16 +106,29 @@ class Model:
         return Generated("".join(pieces), tuple(t.id for t in tokens if t.id not in ends), finish, tuple(tokens))
 
 
-def load(path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None) -> Model:
+def load(
+    path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None, memory: int | str | None = None
+) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
     `@int8`, `@int4`, such as `@int4:32`, or `@fp8` after the name rounds the weights to a format, in groups of at most
     64 inputs or that many; such as `@experts=int4,shared=int4,head=int8` does so part by part (experts, shared,
     attention, head; the others are bf16). `@bf16` leaves them. Without, Cria is int8 and other models are as stored.
     Contexts are bound to it. dtype: of weights that are not quantised; None: as stored, bfloat16 if only some parts are
-    quantised. CheckpointError or ConfigError if there is no such model or format, or it cannot be loaded.
+    quantised. memory: of a packed folder (`herd.checkpoint.packed`), bytes that weights may take, such as "3G"; what
+    they have beyond that is read from disk as it is needed. None: what the variable HERD_MEMORY says, or else what this
+    process may still take. CheckpointError or ConfigError if there is no such model or format, or it cannot be loaded.
     """
     folder, weights = find_model(path_or_name)
+    if checkpoint.is_packed(folder):
+        if weights is not None or dtype is not None:
+            raise ConfigError(f"the weights of {folder} are packed: they have their format; ask for no other")
+        room = os.environ.get("HERD_MEMORY") if memory is None else memory
+        transformer = checkpoint.load_packed(folder, None if not room else parse_bytes(room))
+        identity = checkpoint.fingerprint(folder)
+        return Model(str(path_or_name), folder, transformer.config, Tokenizer.load(folder), transformer, identity)
+    if memory is not None:
+        raise ConfigError(f"memory can be bounded for packed folders, which `herd convert` writes; {folder} is none")
     if dtype is None and weights is not None and BF16 in weights.formats.values():
         dtype = torch.bfloat16
     transformer = checkpoint.load(folder, dtype)

@@ -3,7 +3,19 @@
 from herd.checkpoint.fingerprint import fingerprint
 from herd.checkpoint.hf import save
 from herd.checkpoint.load import load, open_weights, read_config
+from herd.checkpoint.packed import is_packed, load_packed, save_packed
 from herd.checkpoint.upcycle import upcycle
 from herd.checkpoint.weights import Weights
 
-__all__ = ["Weights", "fingerprint", "load", "open_weights", "read_config", "save", "upcycle"]
+__all__ = [
+    "Weights",
+    "fingerprint",
+    "is_packed",
+    "load",
+    "load_packed",
+    "open_weights",
+    "read_config",
+    "save",
+    "save_packed",
+    "upcycle",
+]

@@ -35,7 +35,7 @@ class Packed:
         self.cfg = cfg
         heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
         self._layers = Layers(Shape(cfg.hidden_size, *heads, cfg.head_dim, cfg.rms_norm_eps), packed, source)
-        self.layers, self.norm_D, self.head = packed, norm_D, head
+        self.layers, self.norm_D, self.head, self.source = packed, norm_D, head, source
         self._inverse_frequencies = inverse_frequencies(cfg)
 
     @property

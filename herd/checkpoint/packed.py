@@ -1,0 +1,350 @@
+"""Folders with weights as the kernels take them, so that loading a model is mapping its files into memory.
+
+config.json says under "packed" which format each part has. There is a safetensors file for each layer, and one for the
+embedding, the last norm and the head. A weight is one tensor of bytes: codes in panels (kernels/cpp/product.h), then
+float32 scales. An expert is one tensor, too: gate and up, then down, filled up to whole pages. Experts come first in
+their file, so that each begins on a page and can be read alone.
+
+Shape suffixes: as in herd/kernels/layers.py.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from herd import kernels
+from herd.checkpoint.files import INDEX, WeightFiles, new_folder, read_json, write_json
+from herd.checkpoint.load import empty_transformer
+from herd.checkpoint.room import available_memory
+from herd.checkpoint.weights import Weights
+from herd.config import TextConfig
+from herd.errors import CheckpointError, ConfigError
+from herd.formats import Weights as Formats
+from herd.formats import parse
+from herd.kernels import native
+from herd.kernels.layers import PAGE, Layer, Mlp, MlpForm, WeightForm
+from herd.kernels.native import PackedWeight
+from herd.model import Transformer
+from herd.model.offload import ExpertCache, Key, Place
+from herd.model.packed import Packed
+from herd.model.quantized import check, pack_block, pack_rows
+from herd.model.unpack import unpack
+
+_KEY, _VERSION = "packed", 1
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
+_TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # type and shape of a tensor; an empty type is any
+OnProgress = Callable[[int, int], None]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says of itself that its weights are packed. CheckpointError if its config.json is unreadable."""
+    return (folder / "config.json").is_file() and _KEY in read_json(folder / "config.json")
+
+
+def save_packed(weights: Weights, out: Path, formats: Formats, *, progress: OnProgress | None = None) -> None:
+    """Write the text model of a checkpoint as a packed folder, one layer in memory at a time.
+
+    progress: called with the number of files that are written and of all of them. CheckpointError if `out` exists, or a
+    tensor holds what is no finite number; ConfigError if a part has sizes that its format cannot have, or if there is
+    no native library, which packs.
+    """
+    cfg, model = weights.text, empty_transformer(weights.text)
+    if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
+        raise ConfigError(f"weights are packed by the native library; here {kernels.implementation()}")
+    check(model, formats)
+    head = pack_rows(weights.finite(_EMBEDDING if cfg.tie_word_embeddings else "lm_head.weight"), formats.head)
+    top = (weights.finite(_EMBEDDING), weights.finite(_NORM, torch.float32), head)
+    blocks = model.blocks
+    model.model.layers = nn.ModuleList()  # type: ignore[assignment]
+
+    def layers() -> Iterator[Layer]:
+        for at in range(cfg.num_hidden_layers):
+            block = blocks.pop(0)
+            for name, _ in list(block.named_parameters()):
+                parent, _, leaf = name.rpartition(".")
+                value = nn.Parameter(weights.finite(f"model.layers.{at}.{name}"), requires_grad=False)
+                setattr(block.get_submodule(parent), leaf, value)
+            yield pack_block(block, formats)
+
+    write_packed(out, cfg, formats, top, layers(), weights.tokenizer(), progress)
+
+
+def write_packed(
+    out: Path,
+    cfg: TextConfig,
+    formats: Formats,
+    top: tuple[Tensor, Tensor, PackedWeight],
+    layers: Iterable[Layer],
+    files: Mapping[str, bytes],
+    progress: OnProgress | None = None,
+) -> None:
+    """Write weights that are packed, such as those of a calibrated model, as a folder.
+
+    formats: those that they have. top: embedding, last norm in float32, and head. files: others, by name, such as the
+    tokenizer's. CheckpointError if `out` exists or cannot be written.
+    """
+    forms = _Forms.of(cfg, formats)
+    with new_folder(out) as folder:
+        writer = _Writer(folder, cfg.num_hidden_layers + 1, progress or (lambda done, total: None))
+        embedding, norm_D, head = top
+        writer.add({_HEAD: _bytes(head), _EMBEDDING: embedding, _NORM: norm_D})
+        for at, layer in enumerate(layers):
+            writer.add(_tensors(cfg, forms, at, layer))
+        writer.finish()
+        packed = {"version": _VERSION, **{part: str(form) for part, form in formats.formats.items()}}
+        write_json(folder / "config.json", {**cfg.to_hf(), _KEY: packed})
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """Form of every weight of a model."""
+
+    head: WeightForm
+    qkv: WeightForm
+    out: WeightForm
+    dense: MlpForm
+    shared: MlpForm
+    expert: MlpForm
+
+    @classmethod
+    def of(cls, cfg: TextConfig, formats: Formats) -> "_Forms":
+        D, H, G, d = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        return cls(
+            head=WeightForm.of(cfg.vocab_size, D, *formats.head.packed),
+            qkv=WeightForm.of((H + 2 * G) * d, D, *formats.attention.packed),
+            out=WeightForm.of(D, H * d, *formats.attention.packed),
+            dense=MlpForm.of(D, cfg.intermediate_size_mlp, *formats.shared.packed),
+            shared=MlpForm.of(D, cfg.intermediate_size, *formats.shared.packed),
+            expert=MlpForm.of(D, cfg.intermediate_size, *formats.experts.packed),
+        )
+
+    def mlp(self, cfg: TextConfig, at: int) -> MlpForm:
+        """Of the block that all tokens of a layer pass through."""
+        return self.shared if cfg.is_moe(at) else self.dense
+
+
+def _read_formats(folder: Path) -> Formats:
+    """What config.json says. CheckpointError if it cannot be read."""
+    said = read_json(folder / "config.json")[_KEY]
+    try:
+        if said["version"] != _VERSION:
+            raise CheckpointError(f"{folder} is packed in version {said['version']!r}; this one reads {_VERSION}")
+        return parse(",".join(f"{part}={form}" for part, form in said.items() if part != "version"))
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"config.json in {folder} does not say how it is packed: {error}") from error
+
+
+def _names(cfg: TextConfig, at: int) -> dict[str, str]:
+    """What the tensors of a layer are called, but for experts."""
+    prefix = f"model.layers.{at}."
+    mlp = f"{prefix}feed_forward." + ("shared_expert." if cfg.is_moe(at) else "")
+    return {
+        "qkv": f"{prefix}self_attn.qkv_proj",
+        "out": f"{prefix}self_attn.o_proj",
+        "gate_up": f"{mlp}gate_up_proj",
+        "down": f"{mlp}down_proj",
+        "attention_norm": f"{prefix}input_layernorm.weight",
+        "mlp_norm": f"{prefix}post_attention_layernorm.weight",
+        "router": f"{prefix}feed_forward.router.weight",
+    }
+
+
+def _expert(at: int, expert: int) -> str:
+    return f"model.layers.{at}.feed_forward.experts.{expert}"
+
+
+def _tensors(cfg: TextConfig, forms: _Forms, at: int, layer: Layer) -> dict[str, Tensor]:
+    """Those of a layer's file: experts first, and last what may end within a line of the cache."""
+    names, size = _names(cfg, at), forms.expert.nbytes
+    tensors = {_expert(at, e): _bytes(mlp.gate_up, mlp.down, size=size) for e, mlp in enumerate(layer.experts)}
+    weights = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.shared.gate_up, "down": layer.shared.down}
+    tensors |= {names[key]: _bytes(weight) for key, weight in weights.items()}
+    if layer.router_ED is not None:
+        tensors[names["router"]] = layer.router_ED
+    tensors |= {names["attention_norm"]: layer.attention_norm_D, names["mlp_norm"]: layer.mlp_norm_D}
+    return tensors
+
+
+def _bytes(*weights: PackedWeight, size: int = 0) -> Tensor:
+    """Codes and scales of weights, one after the other, filled up to a size."""
+    parts = [part for weight in weights for part in (weight.packed, weight.scale.reshape(-1).view(torch.uint8))]
+    joined = torch.cat(parts)
+    return nn.functional.pad(joined, (0, size - len(joined))) if size else joined
+
+
+class _Writer:
+    """Safetensors files whose tensors stand in the order given, from a whole page on."""
+
+    def __init__(self, folder: Path, files: int, progress: Callable[[int, int], None]) -> None:
+        self._folder, self._files, self._progress = folder, files, progress
+        self._weight_map: dict[str, str] = {}
+        self._written = self._bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """The next file."""
+        self._written += 1
+        file = f"model-{self._written:05}-of-{self._files:05}.safetensors"
+        header, at = dict[str, Any](), 0
+        for name, tensor in tensors.items():
+            end = at + tensor.nbytes
+            header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % PAGE)
+        with (self._folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._weight_map |= dict.fromkeys(tensors, file)
+        self._bytes += at
+        self._progress(self._written, self._files)
+
+    def finish(self) -> None:
+        """Write the index."""
+        write_json(self._folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map})
+
+
+def load_packed(folder: Path, memory: int | None = None) -> Transformer:
+    """The model of a packed folder, in eval mode.
+
+    Weights are mapped into memory: a loaded model's files must not be changed in place. memory: bytes that weights may
+    take; if they are more, experts are read as tokens want them (`herd.model.offload`). None: as much as this process
+    may still take, less an eighth for keys, values and activations. CheckpointError names the first tensor that is
+    missing, extra or misshapen, or says how much memory is needed at least; ConfigError if memory is given where the
+    native library, which needs it, cannot run the model.
+    """
+    cfg = TextConfig.from_hf(read_json(folder / "config.json"))
+    forms, model = _Forms.of(cfg, _read_formats(folder)), empty_transformer(cfg)
+    with WeightFiles(folder) as files:
+        shapes = _shapes(cfg, forms)
+        _check(files, shapes)
+        model.model.embed_tokens.weight = nn.Parameter(files.tensor(_EMBEDDING), requires_grad=False)
+        model.model.norm.weight = nn.Parameter(files.tensor(_NORM), requires_grad=False)
+        if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
+            if memory is not None:
+                raise ConfigError(f"memory is bounded only where layers run natively; here {kernels.implementation()}")
+            layers = [_layer(files.tensor, cfg, forms, at) for at in range(cfg.num_hidden_layers)]
+            unpack(model, layers, forms.head.placed(files.tensor(_HEAD)))
+            return model.eval()
+        slots, paths = _slots(folder, cfg, forms, shapes, memory), files.paths
+
+        def read(name: str) -> Tensor:
+            return files.tensor(name) if slots is None else _copy(files.tensor(name))
+
+        layers = [_layer(read, cfg, forms, at, with_experts=slots is None) for at in range(cfg.num_hidden_layers)]
+        head = forms.head.placed(read(_HEAD))
+    source = None if slots is None else ExpertCache(paths, _places(paths), forms.expert, layers, slots)
+    model.packed = Packed(cfg, layers, model.model.norm.weight.detach(), head, source)
+    model.model.layers = nn.ModuleList()  # type: ignore[assignment]
+    del model.lm_head
+    return model.eval()
+
+
+def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
+    """Of every tensor."""
+    D, E = cfg.hidden_size, cfg.num_local_experts
+    shapes: Shapes = {
+        _EMBEDDING: ("", (cfg.vocab_size, D)),
+        _NORM: ("F32", (D,)),
+        _HEAD: ("U8", (forms.head.nbytes,)),
+    }
+    for at in range(cfg.num_hidden_layers):
+        names, mlp = _names(cfg, at), forms.mlp(cfg, at)
+        packed = {"qkv": forms.qkv, "out": forms.out, "gate_up": mlp.gate_up, "down": mlp.down}
+        shapes |= {names[key]: ("U8", (form.nbytes,)) for key, form in packed.items()}
+        shapes |= {names[key]: ("F32", (D,)) for key in ("attention_norm", "mlp_norm")}
+        if cfg.is_moe(at):
+            shapes[names["router"]] = ("F32", (E, D))
+            shapes |= {_expert(at, e): ("U8", (forms.expert.nbytes,)) for e in range(E)}
+    return shapes
+
+
+def _check(files: WeightFiles, shapes: Shapes) -> None:
+    for name, (kind, shape) in shapes.items():
+        if name not in files.names:
+            raise CheckpointError(f"{files.folder} lacks the tensor {name} of shape {list(shape)}")
+        if files.shape(name) != shape or (kind or files.kind(name)) != files.kind(name):
+            found = f"{files.kind(name)} {list(files.shape(name))}"
+            raise CheckpointError(
+                f"{name} in {files.folder} is {found}; the configuration asks for {kind or 'numbers'} {list(shape)}"
+            )
+        if kind == "F32" and not files.tensor(name).isfinite().all():
+            raise CheckpointError(f"{name} in {files.folder} holds values that are not finite numbers")
+    if extra := sorted(files.names - shapes.keys()):
+        raise CheckpointError(f"{files.folder} has {len(extra)} tensors the model does not have, first {extra[0]}")
+
+
+def _slots(folder: Path, cfg: TextConfig, forms: _Forms, shapes: Shapes, memory: int | None) -> int | None:
+    """How many experts there is memory for at a time, beside all else; None: for all."""
+    # Of the embedding few rows are ever read: it stays in its file.
+    sizes = {name: prod(shape) * (1 if kind == "U8" else 4) for name, (kind, shape) in shapes.items()}
+    experts = sum(cfg.num_local_experts for at in range(cfg.num_hidden_layers) if cfg.is_moe(at))
+    rest = sum(sizes.values()) - sizes[_EMBEDDING] - experts * forms.expert.nbytes
+    limit = available_memory() * 7 // 8 if memory is None else memory
+    slots = (limit - rest) // forms.expert.nbytes
+    if slots >= experts:
+        return None
+    if slots < 1:
+        least = rest + forms.expert.nbytes
+        raise CheckpointError(f"the weights of {folder} need {least:,} bytes of memory at least; there are {limit:,}")
+    return slots
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In memory that is read fast, not mapped."""
+    room = native.room(tensor.nbytes)
+    return room.copy_(tensor.view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+
+
+def _layer(
+    read: Callable[[str], Tensor], cfg: TextConfig, forms: _Forms, at: int, *, with_experts: bool = True
+) -> Layer:
+    """Without experts, it has their shapes."""
+    names, mlp, experts = _names(cfg, at), forms.mlp(cfg, at), tuple[Mlp, ...]()
+    if cfg.is_moe(at):
+        absent = torch.empty(forms.expert.nbytes, dtype=torch.uint8, device="meta")
+        bytes_ = (read(_expert(at, e)) if with_experts else absent for e in range(cfg.num_local_experts))
+        experts = tuple(forms.expert.placed(part) for part in bytes_)
+    return Layer(
+        attention_norm_D=read(names["attention_norm"]),
+        mlp_norm_D=read(names["mlp_norm"]),
+        qkv=forms.qkv.placed(read(names["qkv"])),
+        out=forms.out.placed(read(names["out"])),
+        shared=Mlp(mlp.gate_up.placed(read(names["gate_up"])), mlp.down.placed(read(names["down"]))),
+        experts=experts,
+        router_ED=read(names["router"]) if cfg.is_moe(at) else None,
+        top_k=cfg.num_experts_per_tok if cfg.is_moe(at) else 0,
+        local=cfg.is_local(at),
+        qk_norm=cfg.use_qk_norm,
+    )
+
+
+def _places(paths: list[Path]) -> dict[Key, Place]:
+    """Where each expert stands."""
+    places = dict[Key, Place]()
+    for i, path in enumerate(paths):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            # What was copied from here is not needed twice.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name, said in header.items():
+            _, is_expert, expert = name.partition(".feed_forward.experts.")
+            if not is_expert:
+                continue
+            place = Place(i, 8 + length + said["data_offsets"][0])
+            if place.offset % PAGE:
+                raise CheckpointError(f"{name} in {path} does not begin on a page of {PAGE} bytes; pack it again")
+            places[int(name.split(".")[2]), int(expert)] = place
+    return places
