@@ -113,9 +113,9 @@ def scaling_of(factors: Sequence[float], theta: float) -> RopeScaling | None:
         return None
     wavelengths = [2 * math.pi * theta ** (i / len(factors)) for i in range(len(factors))]
     largest = max(factors)
-    lengths = [8192, *(math.floor(length) for length, factor in zip(wavelengths, factors, strict=True) if factor != 1)]
-    rules = [RopeScaling(largest, 1.0, 4.0, 8192)]
-    rules += [RopeScaling(largest, 1.0, 1.0, max(length, 1)) for length in lengths[:2]]
+    changed = [length for length, factor in zip(wavelengths, factors, strict=True) if factor != 1]
+    rules = [RopeScaling(largest, 1.0, high, 8192) for high in (1.0, 4.0)]
+    rules += [RopeScaling(largest, 1.0, 1.0, max(math.floor(length), 1)) for length in changed[:1]]
     for rule in rules:
         wanted = [_divisor(rule, length) for length in wavelengths]
         if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(factors, wanted, strict=True)):

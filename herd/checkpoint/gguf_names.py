@@ -50,6 +50,8 @@ EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _OURS = re.compile(r"(vision_model\.)?model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _THEIRS = re.compile(r"(v\.)?blk\.(\d{1,6})\.(.+)\.(weight|bias)")
 _TOP_BACK, _LAYER_BACK, _VISION_BACK = ({v: k for k, v in t.items()} for t in (_TOP, _LAYER, _VISION_LAYER))
+# gguf 0.19's table gives Llama 4's second norm a name that was meant for another model.
+_VISION_BACK["attn_post_norm"] = "post_attention_layernorm"
 
 
 def to_gguf(name: str) -> str:
