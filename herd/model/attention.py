@@ -25,6 +25,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, cfg.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
+        return self.o_proj(self.attended(x_BTD, positions_BT, cache))
+
+    def attended(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
+        """What the heads give together, [B, T, H d]."""
         q_BTHd = self.query(x_BTD, positions_BT)
         k_BTGd, v_BTGd = self.key_value(x_BTD, positions_BT)
         if cache is not None:
@@ -32,7 +36,7 @@ class Attention(nn.Module):
         else:
             chunk = self.cfg.attention_chunk_size if self.local else None
             out_BTHd = causal_attention(q_BTHd, k_BTGd, v_BTGd, chunk)
-        return self.o_proj(out_BTHd.flatten(2))
+        return out_BTHd.flatten(2)
 
     def query(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         """Queries [B, T, H, d], ready to be compared with keys."""

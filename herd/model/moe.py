@@ -45,11 +45,13 @@ class MoE(nn.Module):
         self.shared_expert = DenseMLP(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_ND = x.flatten(0, -2)
-        logits_NK, expert_NK = self.router(x_ND).topk(self.top_k, dim=-1)
-        score_NK = torch.sigmoid(logits_NK.float()).to(x.dtype)
-        # The score multiplies the expert's input, not its output: through SwiGLU that is not the same (spec §3.1).
-        routed_ND = (score_NK.unsqueeze(-1) * x_ND.unsqueeze(1)).flatten(0, 1)
-        out_ND = self.experts(routed_ND, expert_NK.flatten())
+        out_ND = self.experts(*self.route(x.flatten(0, -2)))
         out_ND = out_ND.unflatten(0, (-1, self.top_k)).sum(1)
         return self.shared_expert(x) + out_ND.view_as(x)
+
+    def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of experts, [N * K, D], and whose they are: those of a token stand together."""
+        logits_NK, expert_NK = self.router(x_ND).topk(self.top_k, dim=-1)
+        score_NK = torch.sigmoid(logits_NK.float()).to(x_ND.dtype)
+        # The score multiplies the expert's input, not its output: through SwiGLU that is not the same (spec §3.1).
+        return (score_NK.unsqueeze(-1) * x_ND.unsqueeze(1)).flatten(0, 1), expert_NK.flatten()

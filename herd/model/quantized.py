@@ -52,13 +52,14 @@ class QuantizedExperts(nn.Module):
 
 
 def quantize(transformer: Transformer, weights: Weights) -> None:
-    """Round the weights of each part to its format, in place; embeddings, norms and routers stay as they are.
+    """Round the weights of each part to its format, in place. Embeddings, norms and routers stay as they are, and so
+    does what is quantised already.
 
     Where the native library can, it runs the layers from then on (`Packed`). ConfigError if a part has sizes that its
     format cannot have.
     """
     check(transformer, weights)
-    if runs_layers(transformer.lm_head.weight, transformer.config.head_dim):
+    if runs_layers(transformer.model.embed_tokens.weight, transformer.config.head_dim):
         pack(transformer, weights)
         return
     for block in transformer.blocks:
@@ -68,7 +69,7 @@ def quantize(transformer: Transformer, weights: Weights) -> None:
         shared = ff.shared_expert if isinstance(ff, MoE) else ff
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(shared, name, _rounded(getattr(shared, name), weights.shared))
-        if isinstance(ff, MoE) and weights.experts.kind != "bf16":
+        if isinstance(ff, MoE) and isinstance(ff.experts, Experts) and weights.experts.kind != "bf16":
             # Quantised as [out, in]; checkpoints hold [in, out].
             pair = (ff.experts.gate_up_proj.detach(), ff.experts.down_proj.detach())
             gate_up, down = ([pack_weight(w.T, weights.experts) for w in part] for part in pair)
@@ -78,7 +79,7 @@ def quantize(transformer: Transformer, weights: Weights) -> None:
 
 def check(transformer: Transformer, weights: Weights) -> None:
     """ConfigError if a part has sizes that its format cannot have."""
-    packed = runs_layers(transformer.lm_head.weight, transformer.config.head_dim)
+    packed = runs_layers(transformer.model.embed_tokens.weight, transformer.config.head_dim)
     for name, form, N, K in _sizes(transformer, weights):
         if form.whole and K % 8:
             raise ConfigError(f"{name} has {K} inputs; {form} needs a multiple of 8")
@@ -90,7 +91,7 @@ def check(transformer: Transformer, weights: Weights) -> None:
 
 def pack_halves(transformer: Transformer) -> None:
     """Let the native library run a model in bfloat16, where it can."""
-    if runs_layers(transformer.lm_head.weight, transformer.config.head_dim) and not any(
+    if runs_layers(transformer.model.embed_tokens.weight, transformer.config.head_dim) and not any(
         K % 2 for _, _, _, K in _sizes(transformer, Weights())
     ):
         pack(transformer, Weights())
@@ -136,8 +137,9 @@ def pack_rows(rows: Rows, form: Format) -> PackedWeight:
 
 
 def _rounded(layer: nn.Module, form: Format) -> nn.Module:
-    weight = cast(nn.Linear, layer).weight.detach()
-    return layer if form.kind == "bf16" else QuantizedLinear(pack_weight(weight, form))
+    if form.kind == "bf16" or isinstance(layer, QuantizedLinear):
+        return layer
+    return QuantizedLinear(pack_weight(cast(nn.Linear, layer).weight.detach(), form))
 
 
 def _rows(layer: nn.Module) -> Rows:
