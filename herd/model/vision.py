@@ -74,8 +74,9 @@ class Encoder(nn.Module):
         self.vision_adapter = nn.ModuleDict({"mlp": adapter})
 
     def forward(self, tiles_NCYX: Tensor) -> Tensor:
-        patches = F.unfold(tiles_NCYX, self.config.patch_size, stride=self.config.patch_size).transpose(1, 2)
-        x_NPD = self.patch_embedding["linear"](patches)
+        grid = (self.config.grid, self.config.patch_size)
+        patches = tiles_NCYX.unflatten(3, grid).unflatten(2, grid).permute(0, 2, 4, 1, 3, 5)
+        x_NPD = self.patch_embedding["linear"](patches.flatten(3).flatten(1, 2))
         x_NPD = torch.cat([x_NPD, self.class_embedding.expand(len(x_NPD), 1, -1)], 1) + self.positional_embedding_vlm
         x_NPD = self.layernorm_pre(x_NPD)
         angles_1Pf = grid_angles(self.config, x_NPD.device).unsqueeze(0)
