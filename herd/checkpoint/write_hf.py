@@ -61,8 +61,8 @@ def _config(weights: Weights, dtype: torch.dtype, as_fp8: bool) -> dict[str, Any
     raw = weights.text.to_hf() if weights.vision is None else weights.vision.to_hf(weights.text)
     raw["dtype"] = str(dtype).removeprefix("torch.")
     if as_fp8:
-        linear = [name for name in weights.names if len(weights.shape(name)) > 1 and "embed" not in name]
-        kept = {name.rpartition(".")[0] for name in linear if not fp8.is_fp8(name, weights.text)}
+        matrices = [name for name in weights.names if len(weights.shape(name)) > 1]
+        kept = {name.rpartition(".")[0] for name in matrices if not fp8.is_fp8(name, weights.text)}
         raw["quantization_config"] = fp8.quantization_config(sorted(_prefixed(weights, name) for name in kept))
     return raw
 
