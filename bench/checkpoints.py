@@ -103,7 +103,7 @@ def write_folder(cfg: TextConfig, out: Path, *, companions: Path | None = None, 
         writer.finish()
         write_json(folder / "config.json", {**cfg.to_hf(), "dtype": str(dtype).removeprefix("torch.")})
         if companions is None:
-            _write_byte_tokenizer(folder, cfg.vocab_size)
+            write_byte_tokenizer(folder, cfg.vocab_size)
         else:
             copy_companions(companions, folder)
     return out
@@ -115,13 +115,13 @@ def write_gguf(folder: Path, out: Path, kind: str) -> Path:
         return out
     cfg, partial = read_config(folder), out.with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, "llama4")
-    _add_settings(writer, cfg)
-    _add_vocabulary(writer, read_json(folder / "tokenizer.json"), cfg.vocab_size)
+    add_settings(writer, cfg)
+    add_vocabulary(writer, read_json(folder / "tokenizer.json"), cfg.vocab_size)
     with WeightFiles(folder) as weights:
         names = sorted(weights.names)
         for name in names:
             for gguf_name, shape in _renamed_shapes(name, weights.shape(name)):
-                _add_info(writer, gguf_name, shape, _kind_of(gguf_name, shape, kind))
+                add_info(writer, gguf_name, shape, _kind_of(gguf_name, shape, kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -172,7 +172,8 @@ def _kind_of(gguf_name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizat
     return _KINDS["F32" if len(shape) == 1 or "ffn_gate_inp" in gguf_name else kind]
 
 
-def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+def add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    """Announce a tensor. They are all announced before the first is written."""
     types: dict[GGMLQuantizationType, Any] = {_KINDS["F32"]: np.float32, _KINDS["F16"]: np.float16}
     if kind in types:
         dtype = np.dtype(types[kind])
@@ -182,7 +183,7 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
         writer.add_tensor_info(name, packed, np.dtype(np.uint8), math.prod(packed), raw_dtype=kind)
 
 
-def _add_settings(writer: gguf.GGUFWriter, cfg: TextConfig) -> None:
+def add_settings(writer: gguf.GGUFWriter, cfg: TextConfig) -> None:
     """llama.cpp itself sets what has no key: chunks of 8192, every fourth layer global, temperature, QK-norm."""
     assert (cfg.attention_chunk_size, cfg.nope_layer_interval, cfg.use_qk_norm) == (8192, 4, True)
     for i in range(cfg.num_hidden_layers):
@@ -206,7 +207,8 @@ def _add_settings(writer: gguf.GGUFWriter, cfg: TextConfig) -> None:
     writer.add_vocab_size(cfg.vocab_size)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, core: dict[str, Any], size: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, core: dict[str, Any], size: int) -> None:
+    """core: a tokenizer.json."""
     vocab = {**core["model"]["vocab"], **{token["content"]: token["id"] for token in core["added_tokens"]}}
     tokens = sorted(vocab, key=vocab.__getitem__)
     assert [vocab[t] for t in tokens] == list(range(size)), f"{len(tokens)} tokens for {size} embeddings"
@@ -222,7 +224,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, core: dict[str, Any], size: int) ->
     writer.add_eos_token_id(0)
 
 
-def _write_byte_tokenizer(folder: Path, size: int) -> None:
+def write_byte_tokenizer(folder: Path, size: int) -> None:
     """One token for each byte, one merge (llama.cpp wants some), and special tokens that fill the vocabulary."""
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "aa"]
     vocab = {token: i for i, token in enumerate(alphabet)}

@@ -12,9 +12,17 @@ from herd import engine, kernels
 
 
 class Engine:
-    def __init__(self, path: str, threads: int, length: int, sequences: int, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        threads: int,
+        length: int,
+        sequences: int,
+        dtype: str | None = None,
+        memory: str | None = None,
+    ) -> None:
         torch.set_num_threads(threads)
-        self.model = herd.load(path, dtype=None if dtype is None else getattr(torch, dtype))
+        self.model = herd.load(path, dtype=None if dtype is None else getattr(torch, dtype), memory=memory)
         self.settings = {"kernels": kernels.implementation(), "threads": threads}
 
     def run(self, sequences: int, prompt: int, new: int) -> dict[str, float]:
@@ -28,6 +36,11 @@ class Engine:
             if len(begun) == sequences:
                 watch.first()
         return watch.result(prompt, new)
+
+    def experts(self) -> dict[str, Any]:
+        """How many experts were wanted, in memory or guessed, and bytes read, if they are not all in memory."""
+        packed = self.model.transformer.packed
+        return {} if packed is None or packed.source is None else packed.source.counts._asdict()
 
     def logprobs(self, ids: list[int]) -> dict[str, Any]:
         logits = self.model.logits(ids)[:-1].log_softmax(-1)

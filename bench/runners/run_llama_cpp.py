@@ -12,10 +12,13 @@ BATCH = 2048
 
 class LlamaCpp:
     def __init__(self, path: str, threads: int, length: int, sequences: int, **settings: Any) -> None:
-        asked = {"ubatch": 512, "flash_attn": -1, "kv": "F16", **settings}
+        asked = {"ubatch": 512, "flash_attn": -1, "kv": "F16", "mapped": False, **settings}
         kv = getattr(c, f"GGML_TYPE_{asked['kv']}")
         c.llama_backend_init()
-        self.model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        loading = c.llama_model_default_params()
+        if asked["mapped"]:
+            loading.use_extra_bufts = False  # weights stay in the file's order: nothing is copied out of it
+        self.model = c.llama_model_load_from_file(path.encode(), loading)
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         params = c.llama_context_default_params()

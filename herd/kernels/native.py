@@ -177,7 +177,8 @@ class _Room:
 
     def take(self, nbytes: int) -> Tensor:
         if self._used + nbytes > len(self._piece):
-            self._piece, self._used = torch.empty(max(nbytes, _PIECE), dtype=torch.uint8), 0
+            with torch.inference_mode(False):  # others may write into it outside of that
+                self._piece, self._used = torch.empty(max(nbytes, _PIECE), dtype=torch.uint8), 0
             if (library := load()[0]) is not None:
                 library.herd_large_pages(self._piece.data_ptr(), len(self._piece))
         taken = self._piece[self._used : self._used + nbytes]
