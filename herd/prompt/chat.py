@@ -52,15 +52,16 @@ def images(messages: Sequence[Message]) -> list[Message]:
 def plain_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages whose tool calls are as chat templates expect them."""
     return [
-        {**message, "tool_calls": [_plain(call) for call in calls_of(message)]}
-        if message.get("tool_calls")
+        {**message, "tool_calls": [_plain(*both) for both in zip(message["tool_calls"], calls, strict=True)]}
+        if (calls := calls_of(message))
         else dict(message)
         for message in messages
     ]
 
 
-def _plain(call: ToolCall) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _plain(given: Any, call: ToolCall) -> dict[str, Any]:
+    more = given if isinstance(given, Mapping) else {}  # such as its id
+    return {**more, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _with_tools(messages: Sequence[Message], defined: Sequence[Mapping[str, Any]], form: ToolForm) -> list[Message]:
@@ -105,5 +106,5 @@ def _parts(message: Message) -> Iterator[str]:
             yield text
         else:
             raise PromptError(
-                f"content is a text, or a list of text and image parts; got {kind or type(part).__name__}"
+                f"content of a message is a text, or a list of text and image parts; got {kind or type(part).__name__}"
             )

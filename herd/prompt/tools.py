@@ -47,6 +47,11 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    @property
+    def arguments_json(self) -> str:
+        """The arguments as JSON. ValueError or TypeError if that cannot say them."""
+        return json.dumps(self.arguments, allow_nan=False)
+
 
 def tools_text(tools: Sequence[Mapping[str, Any]], form: ToolForm = "pythonic") -> str:
     """What a system prompt says of tools, and in which form they are to be called.
@@ -141,7 +146,7 @@ def _json(call: ToolCall) -> str:
 
 
 def _tagged(call: ToolCall) -> str:
-    return f"<function={_name(call)}>{json.dumps(call.arguments, allow_nan=False)}</function>"
+    return f"<function={_name(call)}>{call.arguments_json}</function>"
 
 
 def _name(call: ToolCall) -> str:

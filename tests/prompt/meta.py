@@ -1,10 +1,12 @@
-"""Meta's tokenizer file and code, from the installed `llama_models`."""
+"""Meta's tokenizer file and code, from the installed `llama_models`, and what transformers makes of the file."""
 
 from functools import cache
 from pathlib import Path
 
 import llama_models
+import tokenizers
 from llama_models.llama4.tokenizer import Tokenizer as MetaTokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from herd.prompt import Tokenizer
 
@@ -24,3 +26,11 @@ def theirs() -> MetaTokenizer:
 
 def meta_ids(text: str) -> list[int]:
     return theirs().encode(text, bos=False, eos=False)
+
+
+@cache
+def converted() -> tokenizers.Tokenizer:
+    """What transformers makes of Meta's file; this is what stands in a tokenizer.json."""
+    special = list(theirs().special_tokens)
+    file = str(FOLDER / "tokenizer.model")
+    return TikTokenConverter(file, pattern=theirs().O200K_PATTERN, extra_special_tokens=special).converted()

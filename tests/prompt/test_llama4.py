@@ -11,11 +11,10 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from herd.errors import CheckpointError, PromptError
 from herd.prompt import Tokenizer, llama4
-from tests.prompt.meta import FOLDER, meta_ids, ours, theirs
+from tests.prompt.meta import FOLDER, converted, meta_ids, ours, theirs
 
 VECTORS = [
     ("Hello, world!", [19873, 24, 3817, 13]),
@@ -127,16 +126,8 @@ def test_pieces_equal_meta(runs):
     assert list(llama4.pieces(text)) == wanted
 
 
-@pytest.fixture(scope="module")
-def converted() -> tokenizers.Tokenizer:
-    """What transformers makes of Meta's file; it is what stands in a tokenizer.json."""
-    special = list(theirs().special_tokens)
-    file = str(FOLDER / "tokenizer.model")
-    return TikTokenConverter(file, pattern=theirs().O200K_PATTERN, extra_special_tokens=special).converted()
-
-
-def test_ids_equal_transformers(converted, tmp_path):
-    converted.save(str(tmp_path / "tokenizer.json"))
+def test_ids_equal_transformers(tmp_path):
+    converted().save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.special_tokens == ours().special_tokens
     assert sorted(loaded.eos_ids) == sorted(ours().eos_ids), "they end turns, though no file says so"
@@ -145,7 +136,7 @@ def test_ids_equal_transformers(converted, tmp_path):
 
     @given(TEXTS)
     def same(text):
-        assert loaded.encode(text) == ours().encode(text) == converted.encode(text, add_special_tokens=False).ids
+        assert loaded.encode(text) == ours().encode(text) == converted().encode(text, add_special_tokens=False).ids
 
     same()
     files = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:60]
