@@ -98,7 +98,7 @@ class CallParser:
             events.append(text)
 
 
-def parse(text: str) -> list[str | Called]:
+def parse_calls(text: str) -> list[str | Called]:
     """A whole text as text and calls."""
     parser = CallParser()
     events = parser.push(text)
@@ -153,7 +153,7 @@ def _code(said: Said) -> Reader[Found]:
     found = yield from find(said, _PYTHON_ENDS, start)
     inner, end = (said.text[start : found.start()], found.end()) if found else (said.text[start:], len(said.text))
     if PYTHON_START not in inner:
-        events = parse(inner)
+        events = parse_calls(inner)
         if all(isinstance(event, Called) or not event.strip() for event in events):
             calls = tuple(call for event in events if isinstance(event, Called) for call in event.calls)
             return end, calls or no_call(start)

@@ -7,12 +7,12 @@ from llama_models.datatypes import BuiltinTool, RawMessage, StopReason
 from llama_models.datatypes import ToolCall as MetaCall
 
 from herd.prompt import Tokenizer
-from herd.prompt.calls import Called, parse
+from herd.prompt.calls import Called, parse_calls
 from herd.prompt.tools import ToolCall
 
 
 def calls(text: str) -> list[ToolCall]:
-    return [call for event in parse(text) if isinstance(event, Called) for call in event.calls]
+    return [call for event in parse_calls(text) if isinstance(event, Called) for call in event.calls]
 
 
 class ToolUtils:
@@ -28,7 +28,7 @@ class ToolUtils:
 
 
 def is_valid_python_list(text: str) -> bool:
-    return text.startswith("[") and all(isinstance(event, Called) for event in parse(text))
+    return text.startswith("[") and all(isinstance(event, Called) for event in parse_calls(text))
 
 
 def parse_python_list_for_function_calls(text: str) -> list[tuple[str, dict]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd.prompt.calls import Called, CallParser, parse
+from herd.prompt.calls import Called, CallParser, parse_calls
 from herd.prompt.tools import ToolCall, write
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
@@ -51,22 +51,22 @@ def calls(events: list[str | Called]) -> list[ToolCall]:
 def test_no_character_is_lost(text, places):
     events = cut(text, places)
     assert whole(events) == text
-    assert [e for e in events if isinstance(e, Called)] == [e for e in parse(text) if isinstance(e, Called)]
+    assert [e for e in events if isinstance(e, Called)] == [e for e in parse_calls(text) if isinstance(e, Called)]
 
 
 @given(st.lists(CALLS, max_size=3), st.sampled_from(["pythonic", "json", "tag"]), st.lists(st.integers(0, 1000)))
 def test_what_was_written_is_read(made, form, places):
     text = "".join(write(made, form))
     assert calls(cut(f"Let me look.\n{text}", places)) == made
-    assert whole(parse(text)) == text
-    assert all(isinstance(event, Called) for event in parse(text)), "no part of a call is given as text"
+    assert whole(parse_calls(text)) == text
+    assert all(isinstance(event, Called) for event in parse_calls(text)), "no part of a call is given as text"
 
 
-@given(st.text().filter(lambda text: text.strip() and "<|python_" not in text and not calls(parse(text))))
+@given(st.text().filter(lambda text: text.strip() and "<|python_" not in text and not calls(parse_calls(text))))
 def test_code_is_read(code):
     call = ToolCall("code_interpreter", {"code": code})
     text = "".join(write([call]))
-    assert calls(parse(text)) == calls(parse(text.removesuffix("<|python_end|>"))) == [call]
+    assert calls(parse_calls(text)) == calls(parse_calls(text.removesuffix("<|python_end|>"))) == [call]
 
 
 F1 = ToolCall("f", {"a": 1})
@@ -105,7 +105,7 @@ G = ToolCall("g", {})
     ],
 )
 def test_forms(text, found):
-    got = calls(parse(text))
+    got = calls(parse_calls(text))
     assert [c if c in (F1, G) else (c.name, *c.arguments.values()) for c in got] == found
 
 
@@ -158,7 +158,7 @@ def test_forms(text, found):
     ],
 )
 def test_what_is_no_call_is_text(text):
-    assert parse(text) == [text]
+    assert parse_calls(text) == [text]
     assert "".join(map(str, cut(text, list(range(len(text)))))) == text
 
 
@@ -185,14 +185,14 @@ def test_unfinished_calls_are_given_back():
 )
 def test_hostile_values(inner):
     text = f"[f(a={inner})]"
-    assert whole(parse(text)) == text
+    assert whole(parse_calls(text)) == text
     text = f'{{"name": "f", "parameters": {{"a": {inner}}}}}'
-    assert parse(text) == [text]
+    assert parse_calls(text) == [text]
 
 
 def test_reading_a_call_prints_no_warning():
     text = json.dumps('[f(a="\\d \\w", b=1or 2, c=0x1for x in "a"[0])]\n[f(a="\\d")]')
-    program = f"from herd.prompt.calls import parse; print(parse({text})[1].calls[0].arguments['a'])"
+    program = f"from herd.prompt.calls import parse_calls; print(parse_calls({text})[1].calls[0].arguments['a'])"
     done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout == "\\d\n"
