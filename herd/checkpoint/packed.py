@@ -57,8 +57,8 @@ def save_packed(weights: Weights, out: Path, formats: Formats, *, progress: OnPr
     no native library, which packs.
     """
     cfg, model = weights.text, empty_transformer(weights.text)
-    if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
-        raise ConfigError(f"weights are packed by the native library; here {kernels.implementation()}")
+    if native.load()[0] is None:
+        raise ConfigError(f"weights are packed by the native library, which is {native.load()[1]}")
     check(model, formats)
     head = pack_rows(weights.finite(_EMBEDDING if cfg.tie_word_embeddings else "lm_head.weight"), formats.head)
     top = (weights.finite(_EMBEDDING), weights.finite(_NORM, torch.float32), head)
@@ -232,7 +232,8 @@ def load_packed(folder: Path, memory: int | None = None) -> Transformer:
         model.model.norm.weight = nn.Parameter(files.tensor(_NORM), requires_grad=False)
         if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
             if memory is not None:
-                raise ConfigError(f"memory is bounded only where layers run natively; here {kernels.implementation()}")
+                why = f"here is {kernels.implementation()}, and heads have {cfg.head_dim} dimensions"
+                raise ConfigError(f"memory can be bounded where the native library runs the layers; {why}")
             layers = [_layer(files.tensor, cfg, forms, at) for at in range(cfg.num_hidden_layers)]
             unpack(model, layers, forms.head.placed(files.tensor(_HEAD)))
             return model.eval()

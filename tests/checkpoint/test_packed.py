@@ -70,7 +70,7 @@ def test_without_the_library_the_same_numbers(
     quantize(expected, parse(formats))
     assert found.packed is None
     assert torch.equal(found(ids), expected(ids))
-    with pytest.raises(ConfigError, match="memory is bounded only where layers run natively"):
+    with pytest.raises(ConfigError, match="memory can be bounded where the native library runs the layers; here is reference"):
         checkpoint.load_packed(folder, 1 << 20)
 
 
