@@ -24,11 +24,13 @@ from herd.context.quoting import Quoting
 from herd.context.read import Progress, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
-from herd.engine import Engine, Finish, Request, Sampler, Token, check_prompt, stream
+from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, stream
 from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, GROUP, Format, Weights, parse
 from herd.model import KVRow, Transformer
+from herd.model.fusion import find
 from herd.model.quantized import pack_halves, quantize
+from herd.model.vision import Vision
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
 from herd.prompt.quotes import Worth
@@ -54,7 +56,7 @@ class Generated:
 class Model:
     """A loaded model. `fingerprint` names its weights; a context is bound to the fingerprint that read it.
 
-    name: what `load` was given.
+    name: what `load` was given. vision: what images are seen with, None if the model sees none.
     """
 
     name: str
@@ -63,27 +65,39 @@ class Model:
     tokenizer: Tokenizer
     transformer: Transformer
     fingerprint: str
+    vision: Vision | None = None
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after each token of one sequence, float32 [T, V]. PromptError for no ids or one out of range."""
+    def logits(self, ids: Sequence[int], images: Sequence[Source] = ()) -> Tensor:
+        """Logits after each token of one sequence, float32 [T, V]; T is larger than `ids` where they have images, see
+        `generate`. PromptError for no ids or one out of range."""
+        ids, features = self.look(ids, images)
         check_prompt(self.config, ids)
-        return self.transformer(torch.tensor([list(ids)]))[0]
+        patches = None if self.vision is None else find(ids, self.vision.config.image_token_index, features)
+        return self.transformer(torch.tensor([ids]), patches=patches)[0]
+
+    def look(self, ids: Sequence[int], images: Sequence[Source]) -> tuple[list[int], list[Tensor]]:
+        """Ids and features of images that an engine takes (`herd.engine.Request`) for a prompt with images."""
+        return look(self.vision, self.tokenizer.special_tokens, ids, images)
 
     def generate(
         self,
         ids: Sequence[int],
         *,
         max_tokens: int,
+        images: Sequence[Source] = (),
         sampler: Sampler | None = None,
         stop: str | Sequence[str] = (),
         on_text: OnText | None = None,
     ) -> Generated:
         """Go on from token ids until an end token, the first of the `stop` strings, or for max_tokens.
 
-        sampler None: greedy. on_text is called with each new piece of text, none of which is taken back: what could be
-        the start of a stop string is held back. PromptError if prompt and answer do not fit the model.
+        images: paths of image files or what they hold, which take the places of the `<|image|>` tokens in ids, in their
+        order. sampler None: greedy. on_text is called with each new piece of text, none of which is taken back: what
+        could be the start of a stop string is held back. PromptError if prompt and answer do not fit the model, or the
+        images the prompt; SourceError for an image that cannot be read.
         """
+        ids, features = self.look(ids, images)
         text, stops, pieces = self.tokenizer.stream(), StopText(stop), list[str]()
         tokens, ends = list[Token](), self.tokenizer.eos_ids
 
@@ -92,8 +106,8 @@ class Model:
             if on_text is not None:
                 on_text(piece)
 
-        engine = Engine(self.transformer)
-        request = engine.submit(Request(ids, max_tokens, sampler or Sampler(), ends))
+        engine = Engine(self.transformer, vision=self.vision)
+        request = engine.submit(Request(ids, max_tokens, sampler or Sampler(), ends, images=features))
         for token in stream(engine):
             tokens.append(token)
             if token.id not in ends:
@@ -138,7 +152,8 @@ def load(
         identity = hashlib.sha256(f"{identity} {_identity(weights)}".encode()).hexdigest()
     elif transformer.memory_dtype == torch.bfloat16:
         pack_halves(transformer)
-    return Model(str(path_or_name), folder, transformer.config, Tokenizer.load(folder), transformer, identity)
+    tokenizer, vision = Tokenizer.load(folder), checkpoint.load_vision(folder, dtype)
+    return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
 
 
 def _identity(weights: Weights) -> str:

@@ -1,6 +1,5 @@
 """Checkpoints of every format: opening, configuration, and loading of the text model."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 from herd.checkpoint.hf import open_hf, read_hf_config
 from herd.checkpoint.meta import is_meta, open_meta
-from herd.checkpoint.shapes import VISION_PREFIXES, text_shapes, vision_shapes
+from herd.checkpoint.shapes import text_shapes, vision_shapes
 from herd.checkpoint.weights import Weights
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError
 from herd.model import Transformer
 from herd.model.vision import Vision
-
-_log = logging.getLogger(__name__)
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -49,15 +46,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bo
     """The text model of a checkpoint, in eval mode.
 
     path: see `open_weights`. dtype: of the weights; None: that of most of them, which is bfloat16 for those that are
-    stored in 8 bits or less. Of a multimodal model only the text model is loaded, with a warning.
+    stored in 8 bits or less. Of a multimodal model this is a part; see `load_vision`.
     check_finite: also read every value and refuse infinities and NaN.
     Weights are read one by one, and memory-mapped where type and layout are kept: a loaded model's files must not be
     changed in place (`save` replaces them whole). CheckpointError names the first tensor that does not fit.
     """
     with open_weights(path) as weights:
-        if weights.vision is not None:
-            others = sum(name.startswith(VISION_PREFIXES) for name in weights.names)
-            _log.warning("%s is multimodal: loading its text model, leaving %d vision tensors", path, others)
         model = empty_transformer(weights.text)
         dtype = dtype or weights.dtype
         for name in dict(model.named_parameters()):  # a tied head comes once, as the embedding

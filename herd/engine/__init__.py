@@ -1,7 +1,20 @@
 """Generation in token ids: requests in, tokens out. Text, chat and contexts live outside."""
 
 from herd.engine.engine import Engine, generate, stream
+from herd.engine.images import Source, look
 from herd.engine.request import Finish, Guide, Request, Token, check_prompt
 from herd.engine.sampler import Sampler
 
-__all__ = ["Engine", "Finish", "Guide", "Request", "Sampler", "Token", "check_prompt", "generate", "stream"]
+__all__ = [
+    "Engine",
+    "Finish",
+    "Guide",
+    "Request",
+    "Sampler",
+    "Source",
+    "Token",
+    "check_prompt",
+    "generate",
+    "look",
+    "stream",
+]

@@ -15,6 +15,7 @@ from herd.engine.scheduler import Piece, Scheduler
 from herd.errors import PromptError
 from herd.model import Cache, KVCache, KVRow, Memory, Transformer
 from herd.model.fusion import Patches, places
+from herd.model.vision import Vision
 
 ROWS = 64
 PROMPT_TOKENS = 1024  # of a step; bounds its memory and how long answers wait for prompts beside them
@@ -35,18 +36,18 @@ class Engine:
         rows: int = ROWS,
         memory: int | None = None,
         prompt_tokens: int = PROMPT_TOKENS,
-        image_token: int | None = None,
+        vision: Vision | None = None,
     ) -> None:
         """cache None: requests see nothing but themselves. At most `rows` requests run at a time, with `memory` bytes
-        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step. image_token: the id that
-        stands for one patch of an image; None: prompts have no images."""
+        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step. vision: what images of
+        prompts are seen with, None if they have none."""
         assert rows > 0 and prompt_tokens > 0, (rows, prompt_tokens)
         dtype = transformer.memory_dtype
         self.transformer = transformer
         self.cache: Memory = KVCache(transformer.config, dtype) if cache is None else cache
         chunk = transformer.config.attention_chunk_size
         self._scheduler = Scheduler(rows, memory, prompt_tokens, chunk, self.cache.start_position)
-        self._next_id, self._image_token = 0, image_token
+        self._next_id, self._vision = 0, vision
 
     def submit(self, request: Request) -> int:
         """Queue a request; the number that names it in `Token`, counted from 0.
@@ -76,8 +77,8 @@ class Engine:
         return None if request.after is None else self._scheduler.kept[request.after]
 
     def _patches(self, request: Request) -> list[int]:
-        if self._image_token is not None:
-            return places(request.prompt, self._image_token, request.images)
+        if self._vision is not None:
+            return places(request.prompt, self._vision.config.image_token_index, request.images)
         if request.images:
             raise PromptError(f"the prompt has {len(request.images):,} images; this model has no image encoder")
         return []

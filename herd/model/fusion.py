@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tokens, N patches, D hidden.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from herd.errors import PromptError
@@ -30,6 +31,12 @@ def places(ids: Sequence[int], patch: int, features: Sequence[Tensor]) -> list[i
             "give all of its images, in their order"
         )
     return at
+
+
+def find(ids: Sequence[int], patch: int, features: Sequence[Tensor]) -> Patches | None:
+    """The features in their places in a prompt, None if it has no images. See `places`."""
+    at = places(ids, patch, features)
+    return Patches(torch.tensor(at, device=features[0].device), torch.cat(list(features))) if at else None
 
 
 def fuse(x_BTD: Tensor, patches: Patches) -> Tensor:

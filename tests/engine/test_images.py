@@ -67,7 +67,7 @@ def answers(engine: Engine) -> dict[int, list[int]]:
 @pytest.mark.parametrize("prompt_tokens", [1, 3, 7, 1024])
 def test_requests_with_and_without_images_run_together(model: Transformer, prompt_tokens: int) -> None:
     """However a prompt is cut into pieces, within an image or not."""
-    engine = Engine(model, prompt_tokens=prompt_tokens, image_token=PATCH, rows=3)
+    engine = Engine(model, prompt_tokens=prompt_tokens, vision=VISION, rows=3)
     ids = [engine.submit(Request(ids, 6, images=images)) for ids, images in PROMPTS]
     found = answers(engine)
     expected = [full(model, ids, images, 6) for ids, images in PROMPTS]
@@ -88,7 +88,7 @@ def test_a_packed_model_sees_images() -> None:
         embedded = [model.model.embed_tokens(own)]
     ids = [*text(5), *[PATCH] * 8, *text(4, 1)]
     for images, same_as in ((embedded, [*text(5), *own.tolist(), *text(4, 1)]), (features, None)):
-        engine = Engine(model, prompt_tokens=3, image_token=PATCH)
+        engine = Engine(model, prompt_tokens=3, vision=VISION)
         engine.submit(Request(ids, 6, images=images))
         if same_as is None:
             assert answers(engine)[0] == full(model, ids, images, 6)
@@ -99,7 +99,7 @@ def test_a_packed_model_sees_images() -> None:
 
 
 def test_patches_that_are_not_those_of_the_images_are_refused(model: Transformer) -> None:
-    engine = Engine(model, image_token=PATCH)
+    engine = Engine(model, vision=VISION)
     ids, images = PROMPTS[2]
     for given, count in ((images[:1], 12), ([], 0), ([*images, *images], 32)):
         with pytest.raises(PromptError, match=rf"has 16 image patches, its {len(given)} images have {count};"):
@@ -129,7 +129,7 @@ def test_turns_that_go_on_equal_one_prompt_of_all(model: Transformer, prompt_tok
             pytest.skip("the native library is not there")
         model = build(tiny(head_dim=64))
         pack_halves(model.bfloat16())
-    engine = Engine(model, prompt_tokens=prompt_tokens, image_token=PATCH)
+    engine = Engine(model, prompt_tokens=prompt_tokens, vision=VISION)
     ids, images, before = list[int](), list[Tensor](), None
     for number, (new_ids, new_images) in enumerate(TURNS):
         other = engine.submit(Request(text(9, 8), 5))
@@ -143,7 +143,7 @@ def test_turns_that_go_on_equal_one_prompt_of_all(model: Transformer, prompt_tok
 
 
 def test_what_was_cancelled_while_it_answered_can_be_gone_on_from(model: Transformer) -> None:
-    engine = Engine(model, image_token=PATCH)
+    engine = Engine(model, vision=VISION)
     ids, images = TURNS[0]
     first = engine.submit(Request(ids, 5, images=images, room=20))
     said = [token.id for _ in range(2) for token in engine.step()]

@@ -1,0 +1,135 @@
+"""`Model` with images: a multimodal folder that transformers wrote, asked with files."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+import herd
+from herd.errors import PromptError, SourceError
+from herd.media import cut, open_image
+from herd.prompt.images import expand
+from tests.model.test_vision_parity import transformers_model
+from tests.model.tiny_models import build, tiny
+from tests.model.tiny_vision import build_vision, tiny_vision
+
+NAMES = ["<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
+SPECIAL = {name: 256 + number for number, name in enumerate(NAMES)}
+VISION = tiny_vision(boi_token_index=256, eoi_token_index=257, image_token_index=259)
+TEXT = tiny(vocab_size=262, eos_token_id=(0,), max_position_embeddings=4096)
+PLACE = SPECIAL["<|image|>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    transformers_model(build(TEXT), build_vision(VISION)).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(models.BPE(vocab={char: id for id, char in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(NAMES)
+    core.save(str(folder / "tokenizer.json"))
+    part = "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
+    template = "{% for m in messages %}{% for part in m.content %}" + part + "{% endfor %}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> herd.Model:
+    return herd.load(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of one tile, and of two and the whole."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, size in (("small.png", (20, 28)), ("wide.jpg", (56, 20))):
+        pixels = np.random.default_rng(size[0]).integers(0, 256, (*reversed(size), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return [folder / "small.png", folder / "wide.jpg"]
+
+
+def transformers_logits(folder: Path, ids: list[int], pictures: list[Path]) -> Tensor:
+    theirs = transformers_model(build(TEXT), build_vision(VISION))
+    seen = [cut(open_image(picture), VISION) for picture in pictures]
+    ids = expand(ids, [(tiles.rows, tiles.columns) for tiles in seen], SPECIAL, VISION.tokens_per_tile)
+    with torch.inference_mode():
+        return theirs(torch.tensor([ids]), pixel_values=torch.cat([tiles.pixels_NCYX for tiles in seen])).logits[0]
+
+
+def test_logits_equal_transformers(folder: Path, model: herd.Model, pictures: list[Path]) -> None:
+    assert model.vision is not None and model.vision.config == VISION
+    ids = [5, PLACE, 6, 7, PLACE, 8]
+    expected = transformers_logits(folder, ids, pictures)
+    assert len(expected) == 4 + (3 + 4) + (3 + 2 + 3 * 4)
+    assert (model.logits(ids, pictures) - expected).abs().max() <= 1e-4
+    assert (model.logits(ids, pictures[::-1])[-1] - expected[-1]).abs().max() > 1e-2, "their order counts"
+
+
+def test_a_conversation_with_images(folder: Path, model: herd.Model, pictures: list[Path]) -> None:
+    said = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "?"}, {"type": "image"}]
+    ids = model.tokenizer.chat([{"role": "user", "content": said}])
+    assert ids.count(PLACE) == 2
+    made = model.generate(ids, images=[pictures[1], pictures[0].read_bytes()], max_tokens=5)
+    assert made.ids[0] == int(transformers_logits(folder, ids, pictures[::-1])[-1].argmax())
+    expanded, _ = model.look(ids, pictures[::-1])
+    assert model.generate(expanded, images=pictures[::-1], max_tokens=5) == made, (
+        "ids with patches are taken as they are"
+    )
+
+
+def test_text_that_names_a_token_is_no_place(model: herd.Model, pictures: list[Path]) -> None:
+    ids = model.tokenizer.encode("<|image|> and <|patch|>")
+    assert not set(ids) & set(SPECIAL.values())
+    assert len(model.generate(ids, max_tokens=2).tokens) == 2
+    with pytest.raises(PromptError, match="has 0 places for images"):
+        model.generate(ids, images=pictures[:1], max_tokens=2)
+
+
+def test_what_does_not_fit_is_refused(model: herd.Model, pictures: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"has 1 places for images \(<\|image\|>\), and 2 images are given"):
+        model.generate([1, PLACE], images=pictures, max_tokens=1)
+    with pytest.raises(PromptError, match=r"has 1 places .*, and 0 images are given"):
+        model.generate([1, PLACE], max_tokens=1)
+    with pytest.raises(PromptError, match="has 3 image patches, its 0 images have 0"):
+        model.generate([SPECIAL["<|patch|>"]] * 3, max_tokens=1)
+    with pytest.raises(PromptError, match="has 3 image patches, its 1 images have 4"):
+        model.logits([SPECIAL["<|patch|>"]] * 3, pictures[:1])
+    with pytest.raises(SourceError, match=r"cannot read .*missing\.png as an image"):
+        model.generate([PLACE], images=[tmp_path / "missing.png"], max_tokens=1)
+
+
+def test_a_text_model_sees_no_images(tiny_model: Path, pictures: list[Path]) -> None:
+    model = herd.load(tiny_model)
+    assert model.vision is None
+    with pytest.raises(PromptError, match="2 images are given; this model has no image encoder"):
+        model.generate([1, 2], images=pictures, max_tokens=1)
+
+
+def test_quantised_weights_see_images(folder: Path, model: herd.Model, pictures: list[Path]) -> None:
+    """The encoder stays as it is stored (spec §7)."""
+    rounded = herd.load(f"{folder}@int8:8")
+    assert rounded.vision is not None and model.vision is not None
+    for ours, theirs in zip(rounded.vision.parameters(), model.vision.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    ids = [5, PLACE, 6]
+    difference = (rounded.logits(ids, pictures[:1]) - model.logits(ids, pictures[:1])).abs().mean()
+    assert 0 < difference < 0.3
+
+
+def test_an_image_in_memory(model: herd.Model) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(file, "PNG")
+    white = io.BytesIO()
+    Image.new("RGB", (9, 9), (255, 255, 255)).save(white, "BMP")
+    both = [model.logits([PLACE], [data.getvalue()]) for data in (file, white)]
+    assert torch.equal(*both)
