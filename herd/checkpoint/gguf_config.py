@@ -111,20 +111,27 @@ def scaling_of(factors: Sequence[float], theta: float) -> RopeScaling | None:
     """
     if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         return None
-    wavelengths = [2 * math.pi * theta ** (i / len(factors)) for i in range(len(factors))]
-    largest = max(factors)
-    changed = [length for length, factor in zip(wavelengths, factors, strict=True) if factor != 1]
-    rules = [RopeScaling(largest, 1.0, high, 8192) for high in (1.0, 4.0)]
-    rules += [RopeScaling(largest, 1.0, 1.0, max(math.floor(length), 1)) for length in changed[:1]]
+    changed = [i for i, factor in enumerate(factors) if factor != 1]
+    rules = [RopeScaling(max(factors), 1.0, high, 8192) for high in (1.0, 4.0)]
+    rules += [
+        RopeScaling(max(factors), 1.0, 1.0, max(int(_wavelength(i, len(factors), theta)), 1)) for i in changed[:1]
+    ]
     for rule in rules:
-        wanted = [_divisor(rule, length) for length in wavelengths]
+        wanted = divisors(rule, theta, len(factors))
         if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(factors, wanted, strict=True)):
             return rule
     return None
 
 
-def _divisor(rule: RopeScaling, wavelength: float) -> float:
-    """What the rule divides the frequency of this wavelength by (spec §2.2)."""
-    low, high, turns = rule.low_freq_factor, rule.high_freq_factor, rule.original_max_position_embeddings / wavelength
-    keep = float(turns > low) if high == low else min(max((turns - low) / (high - low), 0.0), 1.0)
-    return 1 / (keep + (1 - keep) / rule.factor)
+def divisors(rule: RopeScaling, theta: float, pairs: int) -> list[float]:
+    """What the rule divides the frequency of each channel pair by (spec §2.2)."""
+    low, high, found = rule.low_freq_factor, rule.high_freq_factor, list[float]()
+    for i in range(pairs):
+        turns = rule.original_max_position_embeddings / _wavelength(i, pairs, theta)
+        keep = float(turns > low) if high == low else min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / (keep + (1 - keep) / rule.factor))
+    return found
+
+
+def _wavelength(pair: int, pairs: int, theta: float) -> float:
+    return 2 * math.pi * theta ** (pair / pairs)

@@ -66,16 +66,22 @@ class Job:
 
     def write(self, layouts: Sequence[Layout], progress: Progress | None = None) -> None:
         """Write all files, from where an earlier run of the same job stopped."""
-        total, before = sum(layout.size for layout in layouts), 0
         for layout in layouts:
-            start = before
-            self._write(layout, lambda size, start=start: progress and progress(start + size, total))  # type: ignore[misc]
-            before += layout.size
+            path, size = self.result / layout.name, self._done.get(layout.name, 0)
+            if size and (not path.is_file() or path.stat().st_size < size):
+                self._done[layout.name] = 0
+        done, total = sum(self._done.get(layout.name, 0) for layout in layouts), sum(layout.size for layout in layouts)
+        for layout in layouts:
+            for size in self._write(layout):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+        if progress is not None:
+            progress(total, total)
 
-    def _write(self, layout: Layout, told: Callable[[int], object]) -> None:
+    def _write(self, layout: Layout) -> Iterator[int]:
+        """Write what is left of a file; gives the size of each piece when it is written."""
         path, at = self.result / layout.name, self._done.get(layout.name, 0)
-        if at and (not path.is_file() or path.stat().st_size < at):
-            at = 0
         with path.open("r+b" if at else "wb") as file:
             file.truncate(at)
             file.seek(at)
@@ -91,8 +97,8 @@ class Job:
                     os.fsync(file.fileno())
                     self._note(layout.name, end)
                     synced = end
-                told(end)
-        told(layout.size)
+                yield end - at
+                at = end
 
     def _note(self, name: str, size: int) -> None:
         self._done[name] = size

@@ -24,6 +24,7 @@ from herd.checkpoint.gguf_config import (
     ROPE_FACTORS,
     SCALE,
     VISION_ARCHITECTURE,
+    divisors,
 )
 from herd.checkpoint.gguf_names import EXPERTS, to_gguf
 from herd.checkpoint.gguf_vocabulary import add_vocabulary
@@ -32,7 +33,6 @@ from herd.checkpoint.streaming import Job, Layout, Piece, Progress
 from herd.checkpoint.weights import Weights
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError
-from herd.model.rope import inverse_frequencies
 
 Kind = gguf.GGMLQuantizationType
 _FILE_TYPES = {
@@ -96,7 +96,7 @@ class _Writer:
 
     def layout(self, name: str, ours: list[str]) -> Layout:
         planned = [one for our in sorted(ours) for one in self._planned(our)]
-        scaling = inverse_divisors(self.weights.text)
+        scaling = _divisors(self.weights.text)
         if scaling is not None and self.writer.arch == ARCHITECTURE:
             planned.append(_Planned(ROPE_FACTORS, tuple(scaling.shape), Kind.F32, ROPE_FACTORS))
         for one in planned:
@@ -137,7 +137,7 @@ class _Writer:
     def _content(self, one: _Planned) -> Iterator[Tensor]:
         """The bytes of a tensor in parts, and zeros up to the next one's place."""
         if one.ours == ROPE_FACTORS:
-            values = inverse_divisors(self.weights.text)
+            values = _divisors(self.weights.text)
             assert values is not None
         else:
             values = self.weights.finite(one.ours)
@@ -167,13 +167,10 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def inverse_divisors(cfg: TextConfig) -> Tensor | None:
+def _divisors(cfg: TextConfig) -> Tensor | None:
     """What RoPE scaling divides each channel pair's frequency by, float32 [d/2]; None without scaling."""
-    if cfg.rope_scaling is None:
-        return None
-    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
-    plain = cfg.rope_theta ** (-pairs / cfg.head_dim)
-    return (plain / inverse_frequencies(cfg).double()).float()
+    scaling = cfg.rope_scaling
+    return None if scaling is None else torch.tensor(divisors(scaling, cfg.rope_theta, cfg.head_dim // 2))
 
 
 def check_supported(path: Path, cfg: TextConfig) -> None:

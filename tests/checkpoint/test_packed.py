@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from herd import checkpoint, kernels
 from herd.checkpoint.files import INDEX
-from herd.checkpoint.packed import write_packed
+from herd.checkpoint.packed import Contents, load_packed_vision, write_packed
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Weights, parse
 from herd.kernels.layers import PAGE
@@ -70,7 +70,9 @@ def test_without_the_library_the_same_numbers(
     quantize(expected, parse(formats))
     assert found.packed is None
     assert torch.equal(found(ids), expected(ids))
-    with pytest.raises(ConfigError, match="memory can be bounded where the native library runs the layers; here is reference"):
+    with pytest.raises(
+        ConfigError, match="memory can be bounded where the native library runs the layers; here is reference"
+    ):
         checkpoint.load_packed(folder, 1 << 20)
 
 
@@ -86,9 +88,9 @@ def test_a_tied_head(tmp_path: Path) -> None:
 def test_weights_that_are_packed_already_are_written_as_they_are(plain: Path, tmp_path: Path) -> None:
     model = in_memory(plain, "int8")
     assert model.packed is not None
-    top = (model.model.embed_tokens.weight.detach(), model.packed.norm_D, model.packed.head)
-    out = tmp_path / "out"
-    write_packed(out, CONFIG, parse("int8"), top, model.packed.layers, {"tokenizer.json": b"{}"})
+    embedding, packed, out = model.model.embed_tokens.weight.detach(), model.packed, tmp_path / "out"
+    files = {"tokenizer.json": b"{}"}
+    write_packed(Contents(CONFIG, parse("int8"), embedding, packed.norm_D, packed.head, packed.layers, files), out)
     assert torch.equal(checkpoint.load_packed(out)(tokens(1, 9)), model(tokens(1, 9)))
     assert (out / "tokenizer.json").read_bytes() == b"{}"
 
