@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,13 +71,11 @@ class ChatTemplate:
             role = message.get("role")
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise PromptError(f"a message needs a role made of letters, such as 'user'; got {role!r}")
-        guarded = {
-            "messages": [self._guard(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self._renderer.render(
-            {**guarded, **self._named, **{name: self._guard(value) for name, value in variables.items()}}
-        )
+        try:
+            guarded = {name: self._guard(value) for name, value in {"messages": messages, **variables}.items()}
+            return self._renderer.render({"add_generation_prompt": add_generation_prompt, **self._named, **guarded})
+        except RecursionError as error:
+            raise PromptError("a message is nested too deeply for a chat template") from error
 
     def _guard(self, value: Any) -> Any:
         """The same value with every special token inside its texts broken up by a mark; of an image just the type."""
@@ -112,29 +110,31 @@ class ChatTemplate:
 
 
 class _Renderer:
-    """A process that renders one template. It is started at the first request, and again after it had to be ended."""
+    """A process that renders one template. It is started at the first request, and anew once it has ended."""
 
     def __init__(self, source: str, seconds: float):
         self._source, self._seconds = source, seconds
         self._lock = Lock()
-        self._socket: Connection | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._child: subprocess.Popen[bytes] | None = None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """PromptError if the template refuses the variables, fails or goes beyond its caps."""
         said = json.dumps(variables)
         # Templates say every text about once; no memory is needed but for what goes in and comes out.
-        caps = f'{{"chars": {4 * len(said) + 1_000_000}, "bytes": {(1 << 29) + 32 * len(said)}, "variables": '
+        caps = {"chars": 4 * len(said) + 1_000_000, "bytes": (1 << 29) + 32 * len(said), "seconds": self._seconds}
         with self._lock:
             try:
-                socket = self._socket or self._start()
-                socket.send_bytes(f"{caps}{said}}}".encode())
-                if not socket.poll(self._seconds):
+                if self._child is None or self._child.poll() is not None:
+                    self._start()
+                self._socket.send_bytes(json.dumps(caps).encode())
+                self._socket.send_bytes(said.encode())
+                if not self._socket.poll(self._seconds):
                     raise PromptError(f"the chat template was not done in {self._seconds:g} s; give the model another")
-                reply = json.loads(socket.recv_bytes())
+                reply = json.loads(self._socket.recv_bytes())
             except BaseException as error:  # such as KeyboardInterrupt: the reply would be taken for that of the next
-                self._end()
-                self._socket = None
+                if self._child is not None:
+                    self._end()
+                    self._child = None
                 if isinstance(error, EOFError | OSError):
                     raise PromptError("the process of the chat template ended; give the model another") from error
                 raise
@@ -142,20 +142,20 @@ class _Renderer:
             raise PromptError(f"the chat template {' '.join(reply['error'].split())}")
         return str(reply["text"])
 
-    def _start(self) -> Connection:
-        ours, theirs = Pipe()
+    def _start(self) -> None:
+        self._socket, theirs = Pipe()
         program = Path(__file__).with_name("render.py")
         with theirs:
-            child = subprocess.Popen(
+            self._child = subprocess.Popen(
                 [sys.executable, "-P", str(program), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt of this process is none of that one
             )
-        self._socket, self._end = ours, weakref.finalize(self, _end, child, ours)
-        ours.send_bytes(self._source.encode("utf-8", "replace"))
-        return ours
+        self._end = weakref.finalize(self, _end, self._child, self._socket)
+        self._socket.send_bytes(self._source.encode("utf-8", "replace"))
 
 
 def _end(child: "subprocess.Popen[bytes]", socket: Connection) -> None:

@@ -1,5 +1,7 @@
 """Chat templates write what they are written for, and a hostile one costs no more than its caps."""
 
+import gc
+import resource
 import threading
 
 import pytest
@@ -67,6 +69,41 @@ def test_a_template_that_failed_once_can_be_used_again():
                 list(template.pieces(messages, True, {}))
         else:
             assert list(template.pieces(messages, True, {})) == ["fine"]
+
+
+def test_a_process_that_ended_is_replaced():
+    template = ChatTemplate("{{ messages[0].content }}", SPECIAL, {})
+    for _ in range(2):
+        assert list(template.pieces(USER, True, {})) == ["hi"]
+        child = template._renderer._child
+        child.kill()
+        child.wait()
+
+
+def test_the_process_ends_with_its_template():
+    template = ChatTemplate("x", SPECIAL, {})
+    assert list(template.pieces(USER, True, {})) == ["x"]
+    child = template._renderer._child
+    assert child.poll() is None
+    del template
+    gc.collect()
+    assert child.poll() is not None
+
+
+def test_the_processor_time_of_the_process_is_bounded():
+    template = ChatTemplate("{{ x }}", SPECIAL, {}, seconds=3.0)
+    assert list(template.pieces(USER, True, {"x": 1})) == ["1"]
+    child = template._renderer._child
+    soft, _ = resource.prlimit(child.pid, resource.RLIMIT_CPU)
+    assert 3 <= soft <= 10
+
+
+def test_deep_values():
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(PromptError, match="nested too deeply"):
+        render("{{ x }}", x=value)
 
 
 def test_long_conversations_are_within_the_caps():
