@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 
 from bench.checkpoints import SMALL, add_info, add_settings, add_vocabulary, write_byte_tokenizer
 from herd.checkpoint.files import read_json
-from herd.checkpoint.packed import write_packed
+from herd.checkpoint.packed import Contents, write_packed
 from herd.config import TextConfig
 from herd.formats import parse
 from herd.kernels.layers import Layer, Mlp
@@ -140,10 +140,10 @@ def write(cfg: TextConfig, folder: Path, gguf_path: Path) -> None:
         file.add("token_embd", embedding.half().numpy())
         file.add("output_norm", norm)
         file.add("output", head.q4_0())
-        top = (embedding, torch.from_numpy(norm), head.packed())
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
         layers = (_layer(cfg, rng, at, file) for at in range(cfg.num_hidden_layers))
-        write_packed(folder, cfg, parse(f"int4:{GROUP}"), top, layers, files, _say)
+        formats, norm_D = parse(f"int4:{GROUP}"), torch.from_numpy(norm)
+        write_packed(Contents(cfg, formats, embedding, norm_D, head.packed(), layers, files), folder, progress=_say)
         file.finish()
 
 

@@ -28,6 +28,7 @@ from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_p
 from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, GROUP, Format, Weights, parse
 from herd.model import KVRow, Transformer
+from herd.model.calibrate import calibrate
 from herd.model.fusion import find
 from herd.model.quantized import pack_halves, quantize
 from herd.model.vision import Vision
@@ -121,7 +122,11 @@ class Model:
 
 
 def load(
-    path_or_name: str | Path = "cria", *, dtype: torch.dtype | None = None, memory: int | str | None = None
+    path_or_name: str | Path = "cria",
+    *,
+    dtype: torch.dtype | None = None,
+    memory: int | str | None = None,
+    calibration: Tensor | None = None,
 ) -> Model:
     """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
 
@@ -131,16 +136,21 @@ def load(
     Contexts are bound to it. dtype: of weights that are not quantised; None: as stored, bfloat16 if only some parts are
     quantised. memory: of a packed folder (`herd.checkpoint.packed`), bytes that weights may take, such as "3G"; what
     they have beyond that is read from disk as it is needed. None: what the variable HERD_MEMORY says, or else what this
-    process may still take. CheckpointError or ConfigError if there is no such model or format, or it cannot be loaded.
+    process may still take. calibration: ids of texts [rows, tokens] (`herd.data.calibration`) that weights in 8 and 4
+    bits are rounded for, which takes longer. CheckpointError or ConfigError if there is no such model or format, or it
+    cannot be loaded.
     """
     folder, weights = find_model(path_or_name)
+    if calibration is not None and weights is None:
+        raise ConfigError(f"{path_or_name} names no weights to calibrate; name a format, such as {path_or_name}@int4")
     if checkpoint.is_packed(folder):
         if weights is not None or dtype is not None:
             raise ConfigError(f"the weights of {folder} are packed: they have their format; ask for no other")
         room = os.environ.get("HERD_MEMORY") if memory is None else memory
         transformer = checkpoint.load_packed(folder, None if not room else parse_bytes(room))
         identity = checkpoint.fingerprint(folder)
-        return Model(str(path_or_name), folder, transformer.config, Tokenizer.load(folder), transformer, identity)
+        tokenizer, vision = Tokenizer.load(folder), checkpoint.load_packed_vision(folder)
+        return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
     if memory is not None:
         raise ConfigError(f"memory can be bounded for packed folders, which `herd convert` writes; {folder} is none")
     if dtype is None and weights is not None and BF16 in weights.formats.values():
@@ -148,18 +158,23 @@ def load(
     transformer = checkpoint.load(folder, dtype)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
-        quantize(transformer, weights)
-        identity = hashlib.sha256(f"{identity} {_identity(weights)}".encode()).hexdigest()
+        identity = hashlib.sha256(f"{identity} {_rounded(transformer, weights, calibration)}".encode()).hexdigest()
     elif transformer.memory_dtype == torch.bfloat16:
         pack_halves(transformer)
     tokenizer, vision = Tokenizer.load(folder), checkpoint.load_vision(folder, dtype)
     return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
 
 
-def _identity(weights: Weights) -> str:
-    """What a fingerprint says of formats. One of all parts in steps is told as it was before parts could be chosen."""
+def _rounded(transformer: Transformer, weights: Weights, calibration: Tensor | None) -> str:
+    """Round weights to their formats, in place; what a fingerprint says of that."""
+    # A format of all parts in steps is told as it was before parts could be chosen: contexts are bound to it.
     form = weights.uniform
-    return str((form.bits, form.group)) if form is not None and form.whole else str(weights)
+    told = str((form.bits, form.group)) if form is not None and form.whole else str(weights)
+    if calibration is None:
+        quantize(transformer, weights)
+        return told
+    calibrate(transformer, calibration, weights)
+    return f"{told} {calibration.tolist()}"
 
 
 class Found(NamedTuple):

@@ -3,7 +3,7 @@
 from herd.checkpoint.fingerprint import fingerprint
 from herd.checkpoint.hf import save
 from herd.checkpoint.load import load, open_weights, read_config
-from herd.checkpoint.packed import is_packed, load_packed, save_packed
+from herd.checkpoint.packed import is_packed, load_packed, load_packed_vision, save_packed
 from herd.checkpoint.upcycle import upcycle
 from herd.checkpoint.vision import load_vision
 from herd.checkpoint.weights import Weights
@@ -14,6 +14,7 @@ __all__ = [
     "is_packed",
     "load",
     "load_packed",
+    "load_packed_vision",
     "load_vision",
     "open_weights",
     "read_config",

@@ -11,7 +11,7 @@ Shape suffixes: as in herd/kernels/layers.py.
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from herd import kernels
 from herd.checkpoint.files import INDEX, WeightFiles, new_folder, read_json, write_json
-from herd.checkpoint.load import empty_transformer
+from herd.checkpoint.load import empty_transformer, empty_vision
 from herd.checkpoint.room import available_memory
+from herd.checkpoint.shapes import VISION_PREFIXES, vision_shapes
 from herd.checkpoint.weights import Weights
-from herd.config import TextConfig
+from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Weights as Formats
 from herd.formats import parse
@@ -36,6 +37,7 @@ from herd.model.offload import ExpertCache, Key, Place
 from herd.model.packed import Packed
 from herd.model.quantized import check, pack_block, pack_rows
 from herd.model.unpack import unpack
+from herd.model.vision import Vision
 
 _KEY, _VERSION = "packed", 1
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
@@ -49,8 +51,27 @@ def is_packed(folder: Path) -> bool:
     return (folder / "config.json").is_file() and _KEY in read_json(folder / "config.json")
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a packed folder is made of. formats: those that the weights have. norm_D: float32. layers: one at a time.
+
+    images: encoder and projector by their names in Hugging Face folders, as they are. files: others by name, such as
+    the tokenizer's.
+    """
+
+    config: TextConfig
+    formats: Formats
+    embedding_VD: Tensor
+    norm_D: Tensor
+    head: PackedWeight
+    layers: Iterable[Layer]
+    files: Mapping[str, bytes]
+    vision: VisionConfig | None = None
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def save_packed(weights: Weights, out: Path, formats: Formats, *, progress: OnProgress | None = None) -> None:
-    """Write the text model of a checkpoint as a packed folder, one layer in memory at a time.
+    """Write a checkpoint as a packed folder, one layer in memory at a time.
 
     progress: called with the number of files that are written and of all of them. CheckpointError if `out` exists, or a
     tensor holds what is no finite number; ConfigError if a part has sizes that its format cannot have, or if there is
@@ -61,47 +82,43 @@ def save_packed(weights: Weights, out: Path, formats: Formats, *, progress: OnPr
         raise ConfigError(f"weights are packed by the native library, which is {native.load()[1]}")
     check(model, formats)
     head = pack_rows(weights.finite(_EMBEDDING if cfg.tie_word_embeddings else "lm_head.weight"), formats.head)
-    top = (weights.finite(_EMBEDDING), weights.finite(_NORM, torch.float32), head)
+    embedding, norm_D = weights.finite(_EMBEDDING), weights.finite(_NORM, torch.float32)
+    images = {name: weights.finite(name) for name in sorted(weights.names) if name.startswith(VISION_PREFIXES)}
+    layers, files = _packed_layers(weights, model, formats), weights.tokenizer()
+    contents = Contents(cfg, formats, embedding, norm_D, head, layers, files, weights.vision, images)
+    write_packed(contents, out, progress=progress)
+
+
+def _packed_layers(weights: Weights, model: Transformer, formats: Formats) -> Iterator[Layer]:
+    """The layers of a model without values, each filled, packed and given up."""
     blocks = model.blocks
     model.model.layers = nn.ModuleList()  # type: ignore[assignment]
-
-    def layers() -> Iterator[Layer]:
-        for at in range(cfg.num_hidden_layers):
-            block = blocks.pop(0)
-            for name, _ in list(block.named_parameters()):
-                parent, _, leaf = name.rpartition(".")
-                value = nn.Parameter(weights.finite(f"model.layers.{at}.{name}"), requires_grad=False)
-                setattr(block.get_submodule(parent), leaf, value)
-            yield pack_block(block, formats)
-
-    write_packed(out, cfg, formats, top, layers(), weights.tokenizer(), progress)
+    for at in range(model.config.num_hidden_layers):
+        block = blocks.pop(0)
+        for name, _ in list(block.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            value = nn.Parameter(weights.finite(f"model.layers.{at}.{name}"), requires_grad=False)
+            setattr(block.get_submodule(parent), leaf, value)
+        yield pack_block(block, formats)
 
 
-def write_packed(
-    out: Path,
-    cfg: TextConfig,
-    formats: Formats,
-    top: tuple[Tensor, Tensor, PackedWeight],
-    layers: Iterable[Layer],
-    files: Mapping[str, bytes],
-    progress: OnProgress | None = None,
-) -> None:
-    """Write weights that are packed, such as those of a calibrated model, as a folder.
-
-    formats: those that they have. top: embedding, last norm in float32, and head. files: others, by name, such as the
-    tokenizer's. CheckpointError if `out` exists or cannot be written.
-    """
-    forms = _Forms.of(cfg, formats)
+def write_packed(contents: Contents, out: Path, *, progress: OnProgress | None = None) -> None:
+    """Write weights that are packed, such as those of a calibrated model. Errors and progress as for `save_packed`."""
+    cfg, vision = contents.config, contents.vision
+    forms, packed = _Forms.of(cfg, contents.formats), contents.formats.formats
     with new_folder(out) as folder:
-        writer = _Writer(folder, cfg.num_hidden_layers + 1, progress or (lambda done, total: None))
-        embedding, norm_D, head = top
-        writer.add({_HEAD: _bytes(head), _EMBEDDING: embedding, _NORM: norm_D})
-        for at, layer in enumerate(layers):
+        count = cfg.num_hidden_layers + 1 + (vision is not None)
+        writer = _Writer(folder, count, progress or (lambda done, total: None))
+        writer.add({_HEAD: _bytes(contents.head), _EMBEDDING: contents.embedding_VD, _NORM: contents.norm_D})
+        for at, layer in enumerate(contents.layers):
             writer.add(_tensors(cfg, forms, at, layer))
+        if vision is not None:
+            writer.add(contents.images)
         writer.finish()
-        packed = {"version": _VERSION, **{part: str(form) for part, form in formats.formats.items()}}
-        write_json(folder / "config.json", {**cfg.to_hf(), _KEY: packed})
-        for name, content in files.items():
+        raw = cfg.to_hf() if vision is None else vision.to_hf(cfg)
+        said = {"version": _VERSION, **{part: str(form) for part, form in packed.items()}}
+        write_json(folder / "config.json", {**raw, _KEY: said})
+        for name, content in contents.files.items():
             (folder / name).write_bytes(content)
 
 
@@ -227,7 +244,7 @@ def load_packed(folder: Path, memory: int | None = None) -> Transformer:
     forms, model = _Forms.of(cfg, _read_formats(folder)), empty_transformer(cfg)
     with WeightFiles(folder) as files:
         shapes = _shapes(cfg, forms)
-        _check(files, shapes)
+        _check(files, shapes, images=False)
         model.model.embed_tokens.weight = nn.Parameter(files.tensor(_EMBEDDING), requires_grad=False)
         model.model.norm.weight = nn.Parameter(files.tensor(_NORM), requires_grad=False)
         if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
@@ -251,6 +268,21 @@ def load_packed(folder: Path, memory: int | None = None) -> Transformer:
     return model.eval()
 
 
+def load_packed_vision(folder: Path) -> Vision | None:
+    """The image encoder of a packed folder, in eval mode, as stored; None if it is of a text model. Errors as above."""
+    raw = read_json(folder / "config.json")
+    cfg, hidden_size = VisionConfig.from_hf(raw), TextConfig.from_hf(raw).hidden_size
+    if cfg is None:
+        return None
+    vision = empty_vision(cfg, hidden_size)
+    with WeightFiles(folder) as files:
+        _check(files, {name: ("", shape) for name, shape in vision_shapes(cfg, hidden_size).items()}, images=True)
+        for name in dict(vision.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            setattr(vision.get_submodule(parent), leaf, nn.Parameter(files.tensor(name), requires_grad=False))
+    return vision.eval()
+
+
 def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
     """Of every tensor."""
     D, E = cfg.hidden_size, cfg.num_local_experts
@@ -270,7 +302,8 @@ def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
     return shapes
 
 
-def _check(files: WeightFiles, shapes: Shapes) -> None:
+def _check(files: WeightFiles, shapes: Shapes, *, images: bool) -> None:
+    """CheckpointError for the first tensor, of the image encoder or of all else, that does not fit."""
     for name, (kind, shape) in shapes.items():
         if name not in files.names:
             raise CheckpointError(f"{files.folder} lacks the tensor {name} of shape {list(shape)}")
@@ -281,7 +314,7 @@ def _check(files: WeightFiles, shapes: Shapes) -> None:
             )
         if kind == "F32" and not files.tensor(name).isfinite().all():
             raise CheckpointError(f"{name} in {files.folder} holds values that are not finite numbers")
-    if extra := sorted(files.names - shapes.keys()):
+    if extra := sorted(name for name in files.names - shapes.keys() if name.startswith(VISION_PREFIXES) == images):
         raise CheckpointError(f"{files.folder} has {len(extra)} tensors the model does not have, first {extra[0]}")
 
 

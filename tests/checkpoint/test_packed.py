@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from herd import checkpoint, kernels
 from herd.checkpoint.files import INDEX
-from herd.checkpoint.packed import Contents, load_packed_vision, write_packed
+from herd.checkpoint.packed import Contents, write_packed
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Weights, parse
 from herd.kernels.layers import PAGE
 from herd.model import Transformer
 from herd.model.quantized import pack_halves, quantize
 from tests.checkpoint.tiny_packed import CONFIG, EXPERTS, pack_folder, plain_folder
-from tests.model.tiny_models import tiny, tokens
+from tests.model.tiny_models import build, tiny, tokens
+from tests.model.tiny_vision import build_vision
 
 pytestmark = pytest.mark.skipif(
     not kernels.runs_layers(torch.empty(0), 64), reason="the native library, which packs, is not used on this machine"
@@ -57,6 +58,7 @@ def test_the_same_model_as_quantised_in_memory(plain: Path, tmp_path: Path, form
     expected, ids = in_memory(plain, formats), tokens(2, 90)
     assert torch.equal(found(ids), expected(ids))
     assert found.config == expected.config and not found.training
+    assert checkpoint.load_packed_vision(tmp_path / "out") is None
 
 
 @torch.inference_mode()
@@ -93,6 +95,35 @@ def test_weights_that_are_packed_already_are_written_as_they_are(plain: Path, tm
     write_packed(Contents(CONFIG, parse("int8"), embedding, packed.norm_D, packed.head, packed.layers, files), out)
     assert torch.equal(checkpoint.load_packed(out)(tokens(1, 9)), model(tokens(1, 9)))
     assert (out / "tokenizer.json").read_bytes() == b"{}"
+
+
+@pytest.fixture
+def multimodal(tmp_path: Path) -> Path:
+    """A Hugging Face folder with an image encoder."""
+    folder = tmp_path / "multimodal"
+    folder.mkdir()
+    text, vision = build(CONFIG), build_vision(hidden_size=CONFIG.hidden_size)
+    tensors = {f"language_model.{name}": x.detach() for name, x in text.named_parameters()}
+    save_file(tensors | {name: x.detach() for name, x in vision.named_parameters()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(vision.config.to_hf(CONFIG)))
+    return folder
+
+
+@torch.inference_mode()
+def test_image_encoders_stay_as_they_are(multimodal: Path, tmp_path: Path) -> None:
+    out = pack_folder(multimodal, tmp_path / "out", "int8")
+    found, expected = checkpoint.load_packed_vision(out), checkpoint.load_vision(multimodal)
+    assert found is not None and expected is not None and found.config == expected.config
+    for (name, ours), (other, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert name == other and torch.equal(ours, theirs)
+    assert torch.equal(checkpoint.load_packed(out)(tokens(1, 9)), in_memory(multimodal, "int8")(tokens(1, 9)))
+    index = json.loads((out / INDEX).read_text())
+    del index["weight_map"]["vision_model.class_embedding"]
+    file = sorted(out.glob("*.safetensors"))[-1]
+    save_file({name: x for name, x in load_file(file).items() if name != "vision_model.class_embedding"}, file)
+    (out / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor vision_model\.class_embedding"):
+        checkpoint.load_packed_vision(out)
 
 
 def test_other_software_reads_the_files_and_experts_are_whole_pages(packed: Path) -> None:
