@@ -24,7 +24,8 @@ _HALF = {'"', '""', "'", "''"}  # may go on to three quotes
 _STRING = r"""\"\"\"(?:[^\\]|\\.)*?\"\"\"|'''(?:[^\\]|\\.)*?'''|"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'"""
 _NUMBER = r"-?(?:\d+\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?+(?![\w.])"
 _LITERAL = re.compile(rf"(?:[\s\[\](){{}},:]|\b(?:True|False|None|true|false|null)\b|{_NUMBER}|{_STRING})*+", re.DOTALL)
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_STRINGS = re.compile(_STRING, re.DOTALL)
+_ESCAPE_OR_END = re.compile(r"\\(.)|[\r\n]", re.DOTALL)
 _ESCAPES = set("\n\\'\"abfnrtvxuUN01234567")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
@@ -61,15 +62,26 @@ def of_json(source: str) -> Any:
 
 
 def of_python(source: str) -> Any:
-    """The value of a literal of Python that JSON can say, too; `true`, `false` and `null` may stand in it."""
+    """The value of a literal of Python that JSON can say, too; `true`, `false` and `null` may stand in it. In its texts,
+    lines may end."""
     if not source.strip() or not _LITERAL.fullmatch(source):
         raise NoCall
-    # What escapes nothing is doubled, as Python means it; it would print a warning.
-    source = _ESCAPE.sub(lambda found: found[0] if found[1] in _ESCAPES else "\\" + found[0], source)
     try:
-        return _value(ast.parse(f"({source}\n)", mode="eval").body)
+        return _value(ast.parse(f"({_STRINGS.sub(_strict, source)}\n)", mode="eval").body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise NoCall from error
+
+
+def _strict(string: re.Match[str]) -> str:
+    """A string as Python takes it without an error or a warning."""
+    ends = {} if string[0].startswith(('"""', "'''")) else {"\n": "\\n", "\r": "\\r"}
+
+    def one(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return ends.get(found[0], found[0])
+        return found[0] if found[1] in _ESCAPES else "\\" + found[0]  # what escapes nothing stands for itself
+
+    return _ESCAPE_OR_END.sub(one, string[0])
 
 
 def _value(node: ast.expr | None) -> Any:
@@ -78,8 +90,8 @@ def _value(node: ast.expr | None) -> Any:
             return value if math.isfinite(value) else no_call()
         case ast.Constant(str() | int() | None as value):
             return value
-        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)) if math.isfinite(value):
-            return -value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float()) as number):
+            return -_value(number)
         case ast.List(items) | ast.Tuple(items):
             return [_value(item) for item in items]
         case ast.Dict(keys, values):

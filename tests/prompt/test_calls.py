@@ -88,6 +88,8 @@ G = ToolCall("g", {})
         ("[f(from='it\\'s', to=\"a, b)]\")]", [("f", "it's", "a, b)]")]),
         ('[f(a="""say "x"\n(y""", b="")]', [("f", 'say "x"\n(y', "")]),
         ('[f(a="\\d\\n\\u00e9é")]', [("f", "\\d\né é".replace(" ", ""))]),
+        ("[f(a=\"x\n\\ty\\\\\n\", b='''u\nv''')]", [("f", "x\n\ty\\\n", "u\nv")]),
+        (f"[f(a=-{'9' * 400}, b=-0.5e-3)]", [("f", -int("9" * 400), -0.0005)]),
         ('[f(**{"my arg": 1}, b=2)]', [("f", 1, 2)]),
         ('{"name": "f", "parameters": {"a": 1}}', [F1]),
         ('{"type": "function", "name": "f", "parameters": {"a": 1}}{"name": "g", "arguments": {}}', [F1, G]),
