@@ -3,7 +3,7 @@
 Norms, softmax, rotations and activation functions are not counted, as in PyTorch's FlopCounterMode.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from herd.config import TextConfig, VisionConfig
 
@@ -38,6 +38,19 @@ def flops_of_prompt(cfg: TextConfig, tokens: int) -> Flops:
     return _flops(cfg, tokens, _causal(tokens), chunks * _causal(chunk) + _causal(rest), 1)
 
 
+def flops_of_reading(cfg: TextConfig, tokens: int) -> Flops:
+    """As `flops_of_prompt` to the keys and values of the last global layer, where Herd stops when it reads a context.
+
+    With one global layer no token sees those of other chunks, and so this grows with the tokens, not their square.
+    """
+    chunk = min(cfg.attention_chunk_size or tokens, tokens)
+    chunks, rest = divmod(tokens, chunk)
+    last = cfg.global_layers[-1] if cfg.global_layers else cfg.num_hidden_layers - 1
+    below = _flops(cfg, tokens, _causal(tokens), chunks * _causal(chunk) + _causal(rest), 0, last)
+    kv = tokens * 4 * cfg.hidden_size * cfg.num_key_value_heads * cfg.head_dim
+    return replace(below, projections=below.projections + kv)
+
+
 def flops_per_tile(cfg: VisionConfig, hidden_size: int) -> int:
     """Encoder, adapter and projector over one tile of an image."""
     D, F, patches, S = cfg.hidden_size, cfg.intermediate_size, cfg.grid**2, cfg.grid**2 + 1
@@ -53,9 +66,12 @@ def _causal(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def _flops(cfg: TextConfig, tokens: int, global_pairs: int, local_pairs: int, logits: int) -> Flops:
+def _flops(
+    cfg: TextConfig, tokens: int, global_pairs: int, local_pairs: int, logits: int, count: int | None = None
+) -> Flops:
+    """count: only the lowest of the layers."""
     D, H, G, d = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    layers = range(cfg.num_hidden_layers)
+    layers = range(cfg.num_hidden_layers if count is None else count)
     moe, local = sum(map(cfg.is_moe, layers)), sum(map(cfg.is_local, layers))
     pairs = local * local_pairs + (len(layers) - local) * global_pairs
     expert = 6 * D * cfg.intermediate_size

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from herd.config import MAVERICK, SCOUT, VISION, TextConfig
 from herd.model import Transformer
-from herd.plan.flops import flops_of_prompt, flops_per_tile, flops_per_token
+from herd.plan.flops import flops_of_prompt, flops_of_reading, flops_per_tile, flops_per_token
 from tests.model.tiny_models import memory, tiny
 
 MODELS = {
@@ -20,7 +20,8 @@ MODELS = {
 @torch.inference_mode()
 def test_a_token_costs_what_torch_counts(cfg: TextConfig) -> None:
     context = 2 * (cfg.attention_chunk_size or 4)
-    model, cache = Transformer(cfg).eval(), memory(cfg, rows=1)
+    # PyTorch does not count its grouped products of experts, which it has for up to 32 bits.
+    model, cache = Transformer(cfg).eval().double(), memory(cfg, rows=1, dtype=torch.float64)
     at = torch.arange(context).unsqueeze(0)
     model(torch.zeros(1, context - 1, dtype=torch.long), at[:, :-1], cache)
     with FlopCounterMode(display=False) as counter:
@@ -40,6 +41,26 @@ def test_a_prompt_costs_what_its_tokens_cost(cfg: TextConfig, tokens: int) -> No
         # A chunk begins anew in local layers, where `flops_per_token` counts a whole one.
         expected += one.total - local * pairs * (min(p + 1, chunk) - (p % chunk + 1))
     assert flops_of_prompt(cfg, tokens).total == expected
+
+
+@pytest.mark.parametrize("interval", [4, 2])
+@torch.inference_mode()
+def test_reading_costs_what_torch_counts(interval: int) -> None:
+    cfg = tiny(nope_layer_interval=interval, num_hidden_layers=7)
+    model, cache = Transformer(cfg).eval().double(), memory(cfg, rows=1, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        model.read(torch.zeros(1, 8, dtype=torch.long), cache=cache)
+    # It multiplies each query with all keys of its block, of which half are not yet to be seen.
+    layers = cfg.global_layers[-1]
+    hidden = layers * 4 * cfg.num_attention_heads * cfg.head_dim * 8 * 7 // 2
+    assert counter.get_total_flops() == flops_of_reading(cfg, 8).total + hidden
+
+
+def test_reading_with_one_global_layer_is_linear() -> None:
+    cfg = tiny(num_hidden_layers=7)
+    assert flops_of_reading(cfg, 100 * 8).total == 100 * flops_of_reading(cfg, 8).total
+    several = tiny(num_hidden_layers=8)
+    assert flops_of_reading(several, 100 * 8).total > 100 * flops_of_reading(several, 8).total
 
 
 def test_products_with_weights_cost_two_a_parameter() -> None:

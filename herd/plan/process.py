@@ -1,0 +1,132 @@
+"""Memory of a process that runs a model with Herd's own engine on the CPU, by what `herd.load` and `Engine` allocate.
+
+Letters: N tokens of a step, K experts of a token, E experts, D hidden size, G key/value heads, d head_dim, F width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from herd.config import TextConfig
+from herd.errors import ConfigError
+from herd.formats import Bits, Weights
+from herd.plan.weights import SCALE_BYTES, fitting_group
+
+PANEL = 32  # outputs that are packed together, and tokens that have room together
+GATES = 16  # that are packed together, followed by their ups
+PROMPT_TOKENS = 1024  # of a step of the engine
+LINE = 64  # bytes; each packed weight begins one
+SHARD_BYTES = 5_000_000_000  # of a checkpoint's file, where there are several
+F32, BF16 = 4, 2  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Process:
+    """Bytes above those of a process that has imported Herd and run a model of next to no size.
+
+    step: what a forward pass needs for a time. packing: what packing a weight needs for a time, before there are keys
+    and values. mapped: of the checkpoint's files the one that holds the embedding, which stays in the address space
+    after packing has read through it; the system takes it from memory when it needs that for others. All else is the
+    process's own.
+    """
+
+    weights: int
+    scales: int
+    norms_and_routers: int
+    kv: int
+    step: int
+    packing: int
+    mapped: int
+
+    @property
+    def own(self) -> int:
+        """The most that it needs of its own at a time."""
+        return self.weights + self.scales + self.norms_and_routers + max(self.kv + self.step, self.packing)
+
+    @property
+    def peak(self) -> int:
+        """The most that it has in memory at a time, where the system takes nothing back."""
+        return self.own + self.mapped
+
+
+def process(cfg: TextConfig, weights: Weights, context: int, prompt_tokens: int = PROMPT_TOKENS) -> Process:
+    """One that loads a bfloat16 checkpoint, packs it in these formats, and runs one sequence of so many tokens.
+
+    ConfigError if the native library does not run such layers.
+    """
+    if cfg.head_dim % 64 or cfg.head_dim > 256:
+        raise ConfigError(f"Herd's engine is planned for heads of 64, 128, 192 or 256 dimensions, not {cfg.head_dim}")
+    packed, layers = list(_packed(cfg, weights)), range(cfg.num_hidden_layers)
+    chunk = min(cfg.attention_chunk_size or context, context)
+    tokens = sum(_up(chunk if cfg.is_local(i) else context, PANEL) for i in layers)
+    routers = sum(map(cfg.is_moe, layers)) * cfg.num_local_experts
+    return Process(
+        weights=sum(w.copies * _up(w.padded * w.inputs * w.form.bits // 8, LINE) for w in packed),
+        scales=sum(w.copies * w.padded * _groups(w.inputs, w.form) * SCALE_BYTES for w in packed),
+        norms_and_routers=F32 * cfg.hidden_size * (2 * len(layers) + 1 + routers),
+        kv=2 * BF16 * cfg.num_key_value_heads * cfg.head_dim * tokens,
+        step=_step(cfg, weights, min(prompt_tokens, chunk)),
+        packing=max(w.outputs * w.inputs * BF16 for w in packed[:-1]),  # the head is packed as it is stored
+        mapped=min(BF16 * cfg.num_parameters(), SHARD_BYTES),
+    )
+
+
+class _Packed(NamedTuple):
+    form: Bits
+    outputs: int
+    inputs: int
+    copies: int = 1
+
+    @property
+    def padded(self) -> int:
+        """Outputs, filled up to whole panels."""
+        return _up(self.outputs, PANEL)
+
+
+def _packed(cfg: TextConfig, weights: Weights) -> Iterator[_Packed]:
+    """Weights as they are packed: q, k and v in one, gate and up in one; the head last."""
+    D, d, H, G = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
+    for i in range(cfg.num_hidden_layers):
+        attention, experts = weights.attention.packed, cfg.num_local_experts if cfg.is_moe(i) else 0
+        yield _Packed(attention, (H + 2 * G) * d, D)
+        yield _Packed(attention, D, H * d)
+        F = cfg.intermediate_size if experts else cfg.intermediate_size_mlp
+        for form, copies in ((weights.shared.packed, 1), (weights.experts.packed, experts)):
+            yield _Packed(form, 2 * _up(F, GATES), D, copies)
+            yield _Packed(form, D, F, copies)
+    yield _Packed(weights.head.packed, cfg.vocab_size, D)
+
+
+def _step(cfg: TextConfig, weights: Weights, N: int) -> int:
+    """What a forward pass over N tokens of one sequence needs for a time: the larger of layers and logits."""
+    states = N * cfg.hidden_size * (BF16 + F32)  # embeddings, and what the layers make of them
+    turns = F32 * N * (cfg.head_dim + 1)  # cosines and sines, and temperatures
+    layers = N * max(_layer(cfg, weights, cfg.is_moe(i)) for i in range(cfg.num_hidden_layers))
+    return states + turns + max(layers, F32 * cfg.vocab_size)
+
+
+def _layer(cfg: TextConfig, weights: Weights, moe: bool) -> int:
+    """Buffers of one layer for a token (cpp/decoder.cpp): q, k, v and what attention gives, the states between
+    products, and rows of activations as products take them."""
+    D, wide, E = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_local_experts if moe else 0
+    K = cfg.num_experts_per_tok if moe else 0
+    F = _up(cfg.intermediate_size if moe else cfg.intermediate_size_mlp, GATES)
+    qkv = wide + 2 * cfg.num_key_value_heads * cfg.head_dim
+    states = qkv + wide + D + (1 + K) * F + K * D + E + 3 * K
+    attention, shared, experts = (form.packed for form in (weights.attention, weights.shared, weights.experts))
+    rows = _row(attention, D) + _row(attention, wide) + _row(shared, D) + _row(shared, F)
+    return F32 * states + rows + K * (_row(experts, D) + _row(experts, F))
+
+
+def _row(form: Bits, inputs: int) -> int:
+    """A token's activations: bfloat16, or int8 with a scale and the begin of a sum for each group."""
+    return BF16 * inputs if form.bits == 16 else inputs + 2 * F32 * _groups(inputs, form)
+
+
+def _groups(inputs: int, form: Bits) -> int:
+    """Scales of one output."""
+    return inputs // fitting_group(inputs, form.group) if form.bits < 16 else 0
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
