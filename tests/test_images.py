@@ -91,18 +91,18 @@ def test_text_that_names_a_token_is_no_place(model: herd.Model, pictures: list[P
     ids = model.tokenizer.encode("<|image|> and <|patch|>")
     assert not set(ids) & set(SPECIAL.values())
     assert len(model.generate(ids, max_tokens=2).tokens) == 2
-    with pytest.raises(PromptError, match="has 0 places for images"):
+    with pytest.raises(PromptError, match=r"places for images .* in the prompt: 0; images given: 1"):
         model.generate(ids, images=pictures[:1], max_tokens=2)
 
 
 def test_what_does_not_fit_is_refused(model: herd.Model, pictures: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"has 1 places for images \(<\|image\|>\), and 2 images are given"):
+    with pytest.raises(PromptError, match=r"places for images \(<\|image\|>\) in the prompt: 1; images given: 2; give"):
         model.generate([1, PLACE], images=pictures, max_tokens=1)
-    with pytest.raises(PromptError, match=r"has 1 places .*, and 0 images are given"):
+    with pytest.raises(PromptError, match=r"in the prompt: 1; images given: 0"):
         model.generate([1, PLACE], max_tokens=1)
-    with pytest.raises(PromptError, match="has 3 image patches, its 0 images have 0"):
+    with pytest.raises(PromptError, match=r"patches in the prompt: 3; of the images given: 0 \(images: 0\)"):
         model.generate([SPECIAL["<|patch|>"]] * 3, max_tokens=1)
-    with pytest.raises(PromptError, match="has 3 image patches, its 1 images have 4"):
+    with pytest.raises(PromptError, match=r"patches in the prompt: 3; of the images given: 4 \(images: 1\)"):
         model.logits([SPECIAL["<|patch|>"]] * 3, pictures[:1])
     with pytest.raises(SourceError, match=r"cannot read .*missing\.png as an image"):
         model.generate([PLACE], images=[tmp_path / "missing.png"], max_tokens=1)
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(model: herd.Model, pictures: list[Path], t
 def test_a_text_model_sees_no_images(tiny_model: Path, pictures: list[Path]) -> None:
     model = herd.load(tiny_model)
     assert model.vision is None
-    with pytest.raises(PromptError, match="2 images are given; this model has no image encoder"):
+    with pytest.raises(PromptError, match=r"this model has no image encoder; .* \(given: 2\)"):
         model.generate([1, 2], images=pictures, max_tokens=1)
 
 

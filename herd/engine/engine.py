@@ -80,7 +80,7 @@ class Engine:
         if self._vision is not None:
             return places(request.prompt, self._vision.config.image_token_index, request.images)
         if request.images:
-            raise PromptError(f"the prompt has {len(request.images):,} images; this model has no image encoder")
+            raise PromptError(f"this engine has no image encoder; submit no images (given: {len(request.images):,})")
         return []
 
     def _open(self, request: Request) -> KVRow:

@@ -25,7 +25,7 @@ def look(
     """
     if vision is None:
         if images:
-            raise PromptError(f"{len(images):,} images are given; this model has no image encoder")
+            raise PromptError(f"this model has no image encoder; ask it without images (given: {len(images):,})")
         return list(ids), []
     seen = [cut(open_image(image), vision.config) for image in images]
     grids = [(tiles.rows, tiles.columns) for tiles in seen]

@@ -27,8 +27,8 @@ def places(ids: Sequence[int], patch: int, features: Sequence[Tensor]) -> list[i
     at, wanted = [place for place, id in enumerate(ids) if id == patch], sum(len(image) for image in features)
     if len(at) != wanted:
         raise PromptError(
-            f"the prompt has {len(at):,} image patches, its {len(features):,} images have {wanted:,}; "
-            "give all of its images, in their order"
+            f"image patches in the prompt: {len(at):,}; of the images given: {wanted:,} (images: {len(features):,}); "
+            "give all images of the prompt, in their order"
         )
     return at
 

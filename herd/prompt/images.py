@@ -36,7 +36,9 @@ def expand(
     place = special.get(IMAGE)
     found = sum(id == place for id in ids)
     if found != len(images):
-        raise PromptError(f"the prompt has {found:,} places for images ({IMAGE}), and {len(images):,} images are given")
+        raise PromptError(
+            f"places for images ({IMAGE}) in the prompt: {found:,}; images given: {len(images):,}; give one for each"
+        )
     rest, expanded = iter(images), list[int]()
     for id in ids:
         expanded += image_ids(special, *next(rest), tokens_per_tile) if id == place else [id]

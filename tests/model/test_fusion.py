@@ -37,5 +37,5 @@ def test_places_must_be_as_many_as_features() -> None:
     assert places([1, 2], PATCH, []) == []
     for ids, given in (([PATCH, 1], features), ([PATCH] * 4, features), ([PATCH], [])):
         count, wanted = ids.count(PATCH), sum(map(len, given))
-        with pytest.raises(PromptError, match=f"has {count} image patches, its {len(given)} images have {wanted}"):
+        with pytest.raises(PromptError, match=rf"prompt: {count}; .* given: {wanted} \(images: {len(given)}\)"):
             places(ids, PATCH, given)
