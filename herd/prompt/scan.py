@@ -62,8 +62,8 @@ def of_json(source: str) -> Any:
 
 
 def of_python(source: str) -> Any:
-    """The value of a literal of Python that JSON can say, too; `true`, `false` and `null` may stand in it, and line ends
-    in its texts."""
+    """The value of a literal of Python that JSON can say, too. `true`, `false` and `null` may stand in it, and ends of
+    lines in its texts."""
     if not source.strip() or not _LITERAL.fullmatch(source):
         raise NoCall
     try:

@@ -25,6 +25,7 @@ SECONDS = 10.0  # that a template may take
 LONGEST = 1_000_000  # characters of a template
 # A noncharacter of Unicode: never in text meant for interchange, so it can mark where user text must not join up.
 _MARK = "\ufdd0"
+_ESCAPED = r"\ufdd0"  # as Python and JSON may print it
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -58,11 +59,11 @@ class ChatTemplate:
         start = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             if match.start() > start:
-                yield text[start : match.start()].replace(_MARK, "")
+                yield _unmarked(text[start : match.start()])
             yield Special(match.group())
             start = match.end()
         if start < len(text):
-            yield text[start:].replace(_MARK, "")
+            yield _unmarked(text[start:])
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
@@ -72,19 +73,18 @@ class ChatTemplate:
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise PromptError(f"a message needs a role made of letters, such as 'user'; got {role!r}")
         try:
-            guarded = {name: self._guard(value) for name, value in {"messages": messages, **variables}.items()}
+            guarded = {name: self._guard(value) for name, value in variables.items()}
+            guarded["messages"] = [{**self._guard(_plain(m)), "role": m["role"]} for m in messages]
             return self._renderer.render({"add_generation_prompt": add_generation_prompt, **self._named, **guarded})
         except RecursionError as error:
             raise PromptError("a message is nested too deeply for a chat template") from error
 
     def _guard(self, value: Any) -> Any:
-        """The same value with every special token inside its texts broken up by a mark; of an image just the type."""
+        """The same value with every special token inside its texts broken up by a mark."""
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, Mapping):
-            if value.get("type") == "image":
-                return {"type": "image"}
-            return {self._key(key): item if key == "role" else self._guard(item) for key, item in value.items()}
+            return {self._key(key): self._guard(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._guard(item) for item in value]
         if value is None or isinstance(value, bool | int | float):
@@ -97,7 +97,7 @@ class ChatTemplate:
         return self._guard_text(key)
 
     def _guard_text(self, text: str) -> str:
-        text = text.replace(_MARK, "")
+        text = text.replace(_MARK, "").replace(_ESCAPED, _ESCAPED[:2] + _MARK + _ESCAPED[2:])
         if self._pattern is None:
             return text
         text = self._pattern.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
@@ -107,6 +107,22 @@ class ChatTemplate:
         if any(text[:n] in self._tails for n in range(1, min(self._longest, len(text) + 1))):
             text = _MARK + text
         return text
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(_ESCAPED, "").replace(_MARK, "")
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of whose images only the places are left."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    image = {"type": "image"}
+    return {
+        **message,
+        "content": [image if isinstance(p, Mapping) and p.get("type") == "image" else p for p in content],
+    }
 
 
 class _Renderer:

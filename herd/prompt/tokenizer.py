@@ -161,6 +161,8 @@ class Tokenizer:
         as `tools=`; of Llama 4's format `tools=` and `tool_form=`.
         PromptError if the model has no chat format, or the conversation does not fit it.
         """
+        if wrong := [message for message in messages if not isinstance(message, Mapping)]:
+            raise PromptError(f"a message is an object with role and content; got {type(wrong[0]).__name__}")
         if self._template is not None:
             pieces = self._template.pieces(chat.plain_calls(messages), add_generation_prompt, variables)
         elif chat.is_known(self._special):

@@ -1,10 +1,13 @@
 """Chat templates write what they are written for, and a hostile one costs no more than its caps."""
 
 import gc
+import json
 import resource
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from herd.errors import CheckpointError, PromptError
 from herd.prompt.special import Special
@@ -30,7 +33,19 @@ def test_keys_and_images_are_guarded():
     got = render(source, [{"role": "user", "content": parts}])
     assert got == ["see <|image|>", "<|image|>"]
     assert [isinstance(piece, Special) for piece in got] == [False, True]
-    assert not any(isinstance(piece, Special) for piece in render("{{ x | tojson }}", x={"<|eot|>": "<|image|>"}))
+    for value in ({"<|eot|>": "<|image|>"}, {"role": "<|eot|>"}, {"type": "image", "role": ["<|eot|>"]}):
+        assert render("{{ x | tojson }}", x=value) == [json.dumps(value)]
+        assert not isinstance(render("{{ messages[0].x | tojson }}", [{**USER[0], "x": value}])[0], Special)
+
+
+TEMPLATE = ChatTemplate("{{ messages[0].content }}\n{{ x }}\n{{ x | tojson(ensure_ascii=true) }}", SPECIAL, {})
+
+
+@given(st.lists(st.sampled_from(["<|eot|>", "<|", "|>", "\\", "ufdd0", "\\ufdd0", "é", "'"])).map("".join))
+def test_text_is_what_it_was_in_whatever_form_a_template_prints_it(text):
+    got = list(TEMPLATE.pieces([{"role": "user", "content": text}], True, {"x": [text]}))
+    assert got == [f"{text}\n{[text]}\n{json.dumps([text])}"]
+    assert not isinstance(got[0], Special)
 
 
 HUNDRED_THOUSAND = "range(100000)"

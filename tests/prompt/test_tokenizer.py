@@ -156,6 +156,8 @@ def test_bad_conversations(tokenizer):
     for role in (None, "", "us er", "<|im_end|>", 3):
         with pytest.raises(PromptError, match="role"):
             tokenizer.chat([{"role": role, "content": "a"}])
+    with pytest.raises(PromptError, match="an object with role and content; got str"):
+        tokenizer.chat(["hi"])
     with pytest.raises(PromptError, match="no chat template"):
         Tokenizer(core()).chat([{"role": "user", "content": "a"}])
 
