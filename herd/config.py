@@ -181,6 +181,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, [f.name for f in fields(self) if f.type is int or f.type == "int"])
+        if self.num_channels != 3:
+            raise ConfigError(f"num_channels is {self.num_channels}; images have 3, red, green and blue")
         if self.image_size % self.patch_size:
             raise ConfigError(f"tiles of {self.image_size} pixels cannot be cut into patches of {self.patch_size}")
         if self.hidden_size % (4 * self.num_attention_heads):

@@ -10,6 +10,7 @@ from transformers import Llama4ForConditionalGeneration
 from herd import checkpoint
 from herd.checkpoint.vision import load_vision
 from herd.errors import CheckpointError
+from tests.checkpoint import tiny_llama4
 from tests.model.test_vision_parity import prompt, transformers_model
 from tests.model.tiny_models import build, tiny
 from tests.model.tiny_vision import TINY, build_vision, patches, tiles
@@ -64,3 +65,23 @@ def test_what_does_not_fit_is_named(
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         load_vision(tmp_path)
+
+
+@torch.inference_mode()
+def test_all_formats_see_the_same(tmp_path: Path) -> None:
+    """A folder of transformers, eight shards of Meta's and GGUF files."""
+    tiny_llama4.tiny_llama4().save_pretrained(tmp_path / "hf")
+    tiny_llama4.write_tokenizer(tmp_path / "hf")
+    weights = tiny_llama4.tensors(tmp_path / "hf")
+    meta = tiny_llama4.write_meta(weights, tmp_path / "meta", 8)
+    (tmp_path / "gguf").mkdir()
+    tiny_llama4.write_gguf(weights, tmp_path / "gguf" / "model.gguf")
+    tiny_llama4.write_mmproj(weights, tmp_path / "gguf" / "mmproj-model.gguf")
+    theirs = Llama4ForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    pixels = tiles(3)
+    expected = theirs.multi_modal_projector(theirs.get_image_features(pixels, return_dict=True).last_hidden_state)
+    assert expected.std() > 0.1
+    for folder in (tmp_path / "hf", meta, tmp_path / "gguf"):
+        vision = load_vision(folder, torch.float32)
+        assert vision is not None
+        assert (vision.features(pixels) - expected.flatten(0, 1)).abs().max() <= 1e-4
