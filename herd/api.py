@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from herd import checkpoint
-from herd.checkpoint.cria import cria_path
+from herd.checkpoint.names import find_model
 from herd.checkpoint.room import parse_bytes
 from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
@@ -26,7 +25,7 @@ from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, stream
 from herd.errors import ConfigError, ContextError
-from herd.formats import BF16, GROUP, Format, Weights, parse
+from herd.formats import BF16, Weights
 from herd.model import KVRow, Transformer
 from herd.model.calibrate import calibrate
 from herd.model.fusion import find
@@ -175,29 +174,6 @@ def _rounded(transformer: Transformer, weights: Weights, calibration: Tensor | N
         return told
     calibrate(transformer, calibration, weights)
     return f"{told} {calibration.tolist()}"
-
-
-class Found(NamedTuple):
-    """What a model's name stands for: its folder, and the formats that its weights are rounded to, if they are."""
-
-    folder: Path
-    weights: Weights | None
-
-
-def find_model(path_or_name: str | Path) -> Found:
-    """What a name stands for. A folder of exactly this name wins over what else the name may mean.
-
-    ConfigError if what follows the last @ is no format of weights.
-    """
-    name, weights = str(path_or_name), None
-    asked = "@" in Path(name).name and not Path(name).exists()
-    if asked:
-        name, _, form = name.rpartition("@")
-        weights = parse(form)
-    ours = name == "cria" and not Path(name).exists()
-    if ours and not asked:
-        weights = Weights.all(Format("int8", GROUP))
-    return Found(cria_path() if ours else Path(name), None if weights == Weights() else weights)
 
 
 @dataclass(frozen=True)

@@ -4,41 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import herd
-from herd import api
 from herd.errors import ConfigError, ContextError, PromptError
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "weights"),
-    [
-        ("cria", "built", "int8:64"),
-        ("cria@bf16", "built", None),
-        ("cria@int8:256", "built", "int8:256"),
-        ("cria@int4:32", "built", "int4:32"),
-        ("cria@experts=int4,head=int8", "built", "experts=int4:64,head=int8:64"),
-        ("models/other", "models/other", None),
-        ("models/other@int4", "models/other", "int4:64"),
-        ("models/other@bf16", "models/other", None),
-        ("me@home/other", "me@home/other", None),
-    ],
-)
-def test_a_name_stands_for_a_folder_and_formats_of_weights(
-    name: str, folder: str, weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "cria_path", lambda: Path("built"))
-    found = api.find_model(name)
-    assert found.folder == Path(folder) and (found.weights and str(found.weights)) == weights
-    Path(name).mkdir(parents=True)
-    assert api.find_model(name) == (Path(name), None), "a folder of this name wins"
-
-
-@pytest.mark.parametrize("name", ["other@int5", "cria@", "other@experts=int8,norms=bf16"])
-def test_a_name_with_an_unknown_format_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"weights cannot be 'int5'; use bf16|cannot be ''|its parts: experts, "):
-        api.find_model(name)
 
 
 def test_each_choice_of_formats_is_a_model_of_its_own(tiny_model: Path) -> None:
@@ -46,6 +15,19 @@ def test_each_choice_of_formats_is_a_model_of_its_own(tiny_model: Path) -> None:
     prints = [herd.load(f"{tiny_model}{name}").fingerprint for name in names]
     assert len(set(prints)) == len(names)
     assert herd.load(f"{tiny_model}@experts=int8:8,shared=int8:8,attention=int8:8,head=int8:8").fingerprint == prints[1]
+
+
+def test_a_calibrated_model_is_one_of_its_own(tiny_model: Path) -> None:
+    text = torch.randint(250, (2, 40), generator=torch.Generator().manual_seed(0))
+    rounded, *calibrated = (
+        herd.load(f"{tiny_model}@int4:8", calibration=rows) for rows in (None, text, text[:1], text)
+    )
+    assert calibrated[0].fingerprint == calibrated[2].fingerprint
+    assert len({rounded.fingerprint, calibrated[0].fingerprint, calibrated[1].fingerprint}) == 3
+    assert torch.equal(calibrated[0].logits([1, 2]), calibrated[2].logits([1, 2]))
+    assert not torch.equal(calibrated[0].logits([1, 2]), rounded.logits([1, 2]))
+    with pytest.raises(ConfigError, match=r"names no weights to calibrate; name a format, such as .*@int4"):
+        herd.load(tiny_model, calibration=text)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from herd import api
+from herd.checkpoint import names
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +25,7 @@ def here(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "gate.txt").write_text("The access code of the north gate is 4711. Ada keeps the gate.\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "cria_path", lambda: tiny_model)
+    monkeypatch.setattr(names, "cria_path", lambda: tiny_model)
     return tmp_path
 
 

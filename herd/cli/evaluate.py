@@ -14,12 +14,13 @@ EXAMPLES = examples(
     "herd eval lookup --length 128K --trials 200 --json",
     "herd eval context --length 1M --out eval/context.json",
     "herd eval perplexity",
+    "herd eval quantisation --out eval/quantisation.json",
 )
 
 
 def command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="needle, lookup, context or perplexity.")],
-    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M; not for perplexity.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="needle, lookup, context, perplexity or quantisation.")],
+    length: Annotated[str, typer.Option(help="Context lengths in tokens, like 8K,128K,1M, where one is read.")] = "",
     trials: Annotated[int | None, typer.Option(help="Questions per length. Default: the published number.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses sources, questions and needles.")] = 0,
     kv: KvOption = None,
@@ -32,7 +33,8 @@ def command(
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
-    """Run one evaluation: needle, lookup (with absent questions and baselines), context (cost) or perplexity."""
+    """Run one evaluation: needle, lookup (with absent questions and baselines), context (cost), perplexity, or
+    quantisation (formats of weights)."""
     from herd import eval as evaluation
 
     lengths = [part for part in length.split(",") if part]

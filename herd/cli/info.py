@@ -54,7 +54,7 @@ def describe(name: str) -> dict[str, Any]:
     """A preset by name, or a model folder read from its config.json and file sizes; no weight is loaded."""
     if name in PRESETS and not Path(name).exists():
         return {"model": name, **_architecture(PRESETS[name])}
-    from herd.api import find_model
+    from herd.checkpoint.names import find_model
     from herd.checkpoint import read_config
 
     folder = find_model(name).folder

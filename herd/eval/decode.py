@@ -71,7 +71,7 @@ def read_bytes(model: Model, store: Store) -> float:
     keys = sum(kv.k_GNd.nbytes + (0 if kv.k_scale_GN is None else kv.k_scale_GN.nbytes) for kv in kept)
     packed = model.transformer.packed
     if packed is not None:
-        return keys + packed.bytes_read
+        return keys + sum(weight.nbytes for weight in packed.weights(active=True))
     return keys + limits.weights_read(model.config) * model.transformer.memory_dtype.itemsize
 
 

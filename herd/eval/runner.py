@@ -7,11 +7,12 @@ from pathlib import Path
 
 from herd.api import Model
 from herd.errors import ConfigError
-from herd.eval import baselines, context, corpus, lookup, needle, perplexity, report
+from herd.eval import baselines, context, corpus, lookup, needle, perplexity, quantisation, report
 
-NAMES = ("needle", "lookup", "perplexity", "context")
-_TRIALS = {"needle": 100, "lookup": 200, "perplexity": 100}
+NAMES = ("needle", "lookup", "perplexity", "quantisation", "context")
+_TRIALS = {"needle": 100, "lookup": 200, "perplexity": 100, "quantisation": 40}
 _BASE = ("lookup", "perplexity")  # evaluations that also measure the unchanged base model
+_PLAIN = ("perplexity", "quantisation")  # those without a context
 
 
 def run(
@@ -41,7 +42,7 @@ def run(
     base = baselines.base_model(workdir, progress) if needs_base else None
     results = [
         _one(name, model, length, count, workdir, progress, seed, kv or "int8", quote, base)
-        for length in (lengths if name != "perplexity" else [perplexity.WINDOW])
+        for length in ([perplexity.WINDOW] if name in _PLAIN else lengths)
     ]
     command = _command(name, model, lengths, count, seed, kv or "int8", quote, with_base)
     result = {**report.about(command, Path(model.name).name, model.fingerprint, seed), "results": results}
@@ -63,10 +64,10 @@ def _check(
     """ConfigError for what cannot be measured, before anything is read."""
     if name not in NAMES:
         raise ConfigError(f"no evaluation is called {name!r}; choose one of {', '.join(NAMES)}")
-    if not lengths and name != "perplexity":
+    if not lengths and name not in _PLAIN:
         raise ConfigError(f"evaluation {name} needs at least one length, like 128K or 1M")
-    if name == "perplexity" and (lengths or kv is not None):
-        raise ConfigError("perplexity is measured without a context; leave --length and --kv out")
+    if name in _PLAIN and (lengths or kv is not None):
+        raise ConfigError(f"{name} is measured without a context; leave --length and --kv out")
     if not quote and name not in ("needle", "lookup"):
         raise ConfigError(f"evaluation {name} judges no answers; leave --free out")
     if trials is not None and name not in _TRIALS:
@@ -91,7 +92,7 @@ def _command(
 ) -> str:
     """The command that measures this again; a model's folder without where it is."""
     parts = [f"herd eval {name}"]
-    if name != "perplexity":
+    if name not in _PLAIN:
         parts.append(f"--length {','.join(str(length) for length in lengths)}")
     if name in _TRIALS:
         parts.append(f"--trials {count}")
@@ -124,6 +125,8 @@ def _one(
         )
     if name == "context":
         return context.context(model, length, workdir, progress, seed=seed, kv=kv)
+    if name == "quantisation":
+        return quantisation.quantisation(model, count, progress)
     return perplexity.perplexity(model, base, count, progress)
 
 

@@ -5,7 +5,7 @@ d / 2.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +38,13 @@ class Packed:
         self.layers, self.norm_D, self.head, self.source = packed, norm_D, head, source
         self._inverse_frequencies = inverse_frequencies(cfg)
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the weights that one token passes through."""
-        read = [self.head]
-        for layer in self._layers.layers:
-            mlps = (layer.shared, *layer.experts[: layer.top_k])
-            read += [layer.qkv, layer.out, *(weight for mlp in mlps for weight in (mlp.gate_up, mlp.down))]
-        return sum(weight.nbytes for weight in read)
+    def weights(self, *, active: bool = False) -> Iterator[PackedWeight]:
+        """All that are packed or, with `active`, as many as one token passes through."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out)
+            for mlp in (layer.shared, *(layer.experts[: layer.top_k] if active else layer.experts)):
+                yield from (mlp.gate_up, mlp.down)
+        yield self.head
 
     def states(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
         """What the layers make of embeddings, float32 [B, T, D]; see `Transformer.states`."""
