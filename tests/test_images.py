@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import herd
+from herd.cli.main import run
 from herd.errors import PromptError, SourceError
 from herd.media import cut, open_image
 from herd.prompt.images import expand
@@ -38,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.add_special_tokens(NAMES)
     core.save(str(folder / "tokenizer.json"))
     part = "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
-    template = "{% for m in messages %}{% for part in m.content %}" + part + "{% endfor %}{% endfor %}"
+    parts = "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}" + part
+    template = "{% for m in messages %}" + parts + "{% endfor %}{% endif %}{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder
 
@@ -124,6 +127,33 @@ def test_quantised_weights_see_images(folder: Path, model: herd.Model, pictures:
     ids = [5, PLACE, 6]
     difference = (rounded.logits(ids, pictures[:1]) - model.logits(ids, pictures[:1])).abs().mean()
     assert 0 < difference < 0.3
+
+
+def test_chat_shows_images_with_the_first_line(
+    folder: Path, model: herd.Model, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    options = [part for picture in pictures for part in ("--image", str(picture))]
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nAnd now?\n"))
+    assert run(["chat", "--model", str(folder), "--max-tokens", "3", "--json", *options]) == 0
+    turns = json.loads(capsys.readouterr().out)
+    assert turns[0] == {"role": "user", "content": "What is it?", "images": [str(picture) for picture in pictures]}
+    ids = [PLACE, PLACE, *model.tokenizer.encode("What is it?")]
+    for turn in (1, 3):
+        made = model.generate(ids, images=pictures, max_tokens=3)
+        assert turns[turn]["content"] == made.text
+        ids += model.tokenizer.encode(made.text) + model.tokenizer.encode("And now?")
+
+
+def test_chat_refuses_images(
+    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    for options, message in (
+        (["--image", str(tmp_path / "missing.png")], "cannot read"),
+        (["--image", str(pictures[0]), "--context", str(tmp_path / "ctx")], "contexts are asked without images"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO("What?\n"))
+        assert run(["chat", "--model", str(folder), "--json", *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_image_in_memory(model: herd.Model) -> None:

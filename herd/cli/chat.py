@@ -13,12 +13,20 @@ from herd.cli.report import TextOut, citation_json, print_citations
 from herd.errors import PromptError
 
 NAME = "chat"
-EXAMPLES = examples("herd chat", "herd chat --context ./ctx", "echo 'What is a llama?' | herd chat --json")
+EXAMPLES = examples(
+    "herd chat",
+    "herd chat --context ./ctx",
+    "herd chat --model ./scout --image sign.jpg",
+    "echo 'What is a llama?' | herd chat --json",
+)
 
 
 def command(
     context: Annotated[
         Path | None, typer.Option("--context", "-c", metavar="DIR", help="Answer each line from this context.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Show this image with the first line; may be repeated.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; without --context only.")] = 0.0,
@@ -41,6 +49,8 @@ def command(
     sampler = Sampler(temperature, top_p, top_k, seed, min_p, repetition_penalty)
     if context is not None and (temperature or sampler.penalises):
         raise PromptError("answers from a context are greedy; leave temperature and penalty out, or --context")
+    if context is not None and image:
+        raise PromptError("contexts are asked without images; leave --image out, or --context")
     loaded = herd.load(model)
     opened = None if context is None else herd.Context.open(context, loaded)
     turns: list[dict[str, Any]] = []
@@ -48,13 +58,15 @@ def command(
         for line in _lines():
             out = TextOut(quiet=as_json)
             turns.append({"role": "user", "content": line})
+            if image and len(turns) == 1:
+                turns[0]["images"] = [str(path) for path in image]
             try:
                 if opened is not None:
                     answer = opened.ask(line, max_tokens=max_tokens, quote=not free, on_text=out)
                     reply = {"content": answer.text, "citations": [citation_json(c) for c in answer.citations]}
                 else:
-                    ids = loaded.tokenizer.chat([{"role": t["role"], "content": t["content"]} for t in turns])
-                    new = loaded.generate(ids, max_tokens=max_tokens, sampler=sampler, on_text=out)
+                    ids, shown = loaded.tokenizer.chat([_message(turn) for turn in turns]), image or ()
+                    new = loaded.generate(ids, images=shown, max_tokens=max_tokens, sampler=sampler, on_text=out)
                     reply = {"content": new.text}
             finally:
                 out.end()
@@ -65,6 +77,14 @@ def command(
         raise Interrupted("the conversation is not kept; a context is left as it was") from None
     if as_json:
         print_json(turns)
+
+
+def _message(turn: dict[str, Any]) -> dict[str, Any]:
+    """What the model's chat template gets."""
+    content = turn["content"]
+    if images := turn.get("images"):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
+    return {"role": turn["role"], "content": content}
 
 
 def _lines() -> Iterator[str]:
