@@ -75,13 +75,18 @@ def command(
 def _model(name: str) -> tuple[TextConfig, VisionConfig | None]:
     if name in PRESETS and not Path(name).exists():
         return PRESETS[name], None if name.startswith("behemoth") else VISION  # whose encoder nobody has described
-    from herd.api import find_model
+    from herd.checkpoint import open_weights
     from herd.checkpoint.files import read_json
+    from herd.checkpoint.names import find_model
 
-    if name != "cria" and not Path(name).is_dir():
+    if name != "cria" and not Path(name).exists():
         raise ConfigError(f"no model is called {name!r}; known: cria, {', '.join(PRESETS)}, or give a model folder")
-    raw = read_json(find_model(name).folder / "config.json")
-    return TextConfig.from_hf(raw), VisionConfig.from_hf(raw)
+    folder = find_model(name).folder
+    if (folder / "config.json").exists():  # the weights may be elsewhere
+        raw = read_json(folder / "config.json")
+        return TextConfig.from_hf(raw), VisionConfig.from_hf(raw)
+    with open_weights(folder) as weights:
+        return weights.text, weights.vision
 
 
 def _machine(name: str, stated: dict[str, str]) -> Machine:
@@ -158,15 +163,12 @@ def _print(plan: Plan) -> None:
     _table([("", "needed", "there is", ""), *rooms], "<>><")
     print()
     longest, needed = plan.longest, devices_needed(plan)
-    _table(
-        [
-            ("longest context", f"{longest:,} tokens" if longest else "none"),
-            ("devices needed", str(needed or "no number is enough")),
-            ("reading it all", _duration(prefill(plan))),
-            ("each token after", _duration(decode(plan))),
-        ],
-        "<<",
-    )
+    answers = [("longest context", f"{longest:,} tokens" if longest else "none")]
+    if s.machine.interconnect:
+        answers.append(("devices needed", str(needed or "no number is enough")))
+    answers.append(("reading it all", _duration(prefill(plan))))
+    answers.append(("each token after", _duration(decode(plan))))
+    _table(answers, "<<")
     print("\n" + _verdict(plan))
 
 

@@ -22,6 +22,11 @@ class Change:
     fields: tuple[tuple[str, Any], ...]
     text: str
 
+    @property
+    def things(self) -> set[str]:
+        """That are changed."""
+        return {name for name, _ in self.fields}
+
     def applied(self, setup: Setup) -> Setup:
         return replace(setup, **dict(self.fields))
 
@@ -47,7 +52,9 @@ def changes(plan: Plan) -> list[Change]:
         found.append(Change((("context", plan.longest),), f"a context of {plan.longest:,} tokens"))
     for size in (2, 3):
         if len(found) < 2:
-            found += _least(plan, knobs, size)
+            found += [
+                more for more in _least(plan, knobs, size) if not any(less.things < more.things for less in found)
+            ]
     return found[:_SHOWN]
 
 
@@ -74,8 +81,7 @@ def _least(plan: Plan, knobs: list[list[Change]], size: int) -> Iterator[Change]
 
 def _joined(some: list[Change]) -> Change | None:
     """All of them as one; None if two want the same thing."""
-    names = [name for change in some for name, _ in change.fields]
-    if len(set(names)) < len(names):
+    if len(set.union(*(change.things for change in some))) < len(some):
         return None
     joined = some[0]
     for change in some[1:]:
@@ -88,7 +94,7 @@ def _kv(s: Setup) -> Iterator[Change]:
     now = kv_bytes_per_token(s.cfg, s.kv)
     for form in order:
         if kv_bytes_per_token(s.cfg, form) < now and (form.name != "fp8" or s.machine.fp8):
-            where = ", in a context folder" if s.machine.herd else ""
+            where = " in a context folder" if s.machine.herd else ""
             yield Change((("kv", form),), f"keys and values {form.name}{where}")
 
 
@@ -113,7 +119,7 @@ def _counts(s: Setup) -> Iterator[Change]:
 def _moved(field: str, what: str, place: Place) -> Callable[[Setup], Iterator[Change]]:
     def offered(s: Setup) -> Iterator[Change]:
         there = {"host": s.machine.host_memory, "disk": s.machine.disk}[place]
-        if there and getattr(s, field) == "device" and not s.machine.herd:
+        if there and getattr(s, field) == "device" and not (s.machine.herd and field == "kv_in"):
             yield Change(((field, place),), f"{what} {'in host memory' if place == 'host' else 'on disk'}")
 
     return offered

@@ -130,40 +130,51 @@ def _items(s: Setup) -> list[Item]:
     pieces = []
     if s.kv_in != "device":  # a step's worth of tokens of one layer
         pieces.append(kv(s.cfg, s.kv, s.step, s.count)[0].nbytes // max(len(s.cfg.global_layers), 1))
-    if s.experts_in != "device":  # the experts of one layer
-        routed = next((item for item in items if item.name == TITLES["routed_experts"]), None)
-        moe = sum(map(s.cfg.is_moe, range(s.cfg.num_hidden_layers)))
-        pieces.append(routed.nbytes // (moe * s.cfg.num_local_experts) if routed else 0)
+    if s.experts_in != "device":  # an expert
+        pieces.append(next((item.nbytes for item in items if item.name == TITLES["routed_experts"]), 0) // _experts(s))
     if pieces:
         items.append(_device("under way from host or disk", "", _STREAMED * sum(pieces)))
     return items
 
 
 def _herd(s: Setup) -> list[Item]:
-    """In a process of Herd's own engine, with weights as it packs them."""
+    """In a process of Herd's own engine, with weights as it packs them. Experts on disk are in a packed folder, and as
+    many of them in memory as there is room for, at least one."""
     n, need = s.cfg.num_parameters(), herd_process(s)
+    kept, scales = need.weights + need.scales, need.scales
+    disk = Item("checkpoint, with the embedding", "bf16", n, BF16 * n, 0, "disk")
+    one = list[Item]()
+    if s.experts_in == "disk":
+        kept, scales = kept - need.experts, 0
+        disk = Item("routed experts, in a packed folder", str(s.weights.formats.experts), 0, need.experts, 0, "disk")
+        one.append(_device("one expert", disk.format, need.experts // _experts(s)))
     items = [
-        Item("packed weights", s.weights.name, n, need.weights + need.scales, need.scales, "device"),
+        Item("packed weights", s.weights.name, n if disk.parameters else 0, kept, scales, "device"),
+        *one,
         _device("norms and routers", "fp32", need.norms_and_routers),
     ]
-    if s.kv.bits == 16:
-        items.append(_device("keys and values", "bf16", need.kv))
-    else:
+    if s.in_a_context:
         bf16 = KV_FORMATS["bf16"]
         items += [_far(s, kv(s.cfg, s.kv, s.context)[0]), _near(s, bf16, kv(s.cfg, bf16, s.context)[1])]
-    items.append(_device(f"activations ({s.step:,} tokens)", "fp32", need.step))
-    return [*items, Item("checkpoint, with the embedding", "bf16", n, BF16 * n, 0, "disk")]
+    else:
+        items.append(_device("keys and values", "bf16", need.kv))
+    return [*items, _device(f"activations ({s.step:,} tokens)", "fp32", need.step), disk]
 
 
 def herd_process(s: Setup) -> Process:
     """The process of Herd's own engine. ConfigError if it does not run such a setup."""
-    if s.count > 1 or s.experts_in != "device":
-        raise ConfigError(f"Herd's engine is planned on one {s.machine.name}, with all experts in memory")
+    if s.count > 1 or s.experts_in == "host":
+        raise ConfigError(f"Herd's engine is planned on one {s.machine.name}, with experts in memory or on disk")
     if s.kv.name == "fp8" or s.kv_in != "device":
         raise ConfigError("Herd's engine has keys and values in memory as bf16, or in a context as int8 or int4")
     if s.weights.released:
         raise ConfigError(f"Herd's engine does not pack {s.weights.name}; use such as experts=int4:128,shared=int4:128")
     return process(s.cfg, s.weights.formats, s.context, s.step)
+
+
+def _experts(s: Setup) -> int:
+    """Routed experts of all layers; 1 where there are none."""
+    return max(sum(map(s.cfg.is_moe, range(s.cfg.num_hidden_layers))) * s.cfg.num_local_experts, 1)
 
 
 def _far(s: Setup, far: Kv) -> Item:

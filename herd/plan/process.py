@@ -24,14 +24,15 @@ F32, BF16 = 4, 2  # bytes of a number
 class Process:
     """Bytes above those of a process that has imported Herd and run a model of next to no size.
 
-    step: what a forward pass needs for a time. packing: what packing a weight needs for a time, before there are keys
-    and values. mapped: of the checkpoint's files the one that holds the embedding, which stays in the address space
-    after packing has read through it; the system takes it from memory when it needs that for others. All else is the
-    process's own.
+    experts: of weights and scales, those of routed experts. step: what a forward pass needs for a time. packing: what
+    packing a weight needs for a time, before there are keys and values. mapped: of the checkpoint's files the one that
+    holds the embedding, which stays in the address space after packing has read through it; the system takes it from
+    memory when it needs that for others. All else is the process's own.
     """
 
     weights: int
     scales: int
+    experts: int
     norms_and_routers: int
     kv: int
     step: int
@@ -61,8 +62,9 @@ def process(cfg: TextConfig, weights: Weights, context: int, prompt_tokens: int 
     tokens = sum(_up(chunk if cfg.is_local(i) else context, PANEL) for i in layers)
     routers = sum(map(cfg.is_moe, layers)) * cfg.num_local_experts
     return Process(
-        weights=sum(w.copies * _up(w.padded * w.inputs * w.form.bits // 8, LINE) for w in packed),
-        scales=sum(w.copies * w.padded * _groups(w.inputs, w.form) * SCALE_BYTES for w in packed),
+        weights=sum(w.weight_bytes for w in packed),
+        scales=sum(w.scale_bytes for w in packed),
+        experts=sum(w.weight_bytes + w.scale_bytes for w in packed if w.routed),
         norms_and_routers=F32 * cfg.hidden_size * (2 * len(layers) + 1 + routers),
         kv=2 * BF16 * cfg.num_key_value_heads * cfg.head_dim * tokens,
         step=_step(cfg, weights, min(prompt_tokens, chunk)),
@@ -76,11 +78,20 @@ class _Packed(NamedTuple):
     outputs: int
     inputs: int
     copies: int = 1
+    routed: bool = False
 
     @property
     def padded(self) -> int:
         """Outputs, filled up to whole panels."""
         return _up(self.outputs, PANEL)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.copies * _up(self.padded * self.inputs * self.form.bits // 8, LINE)
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.copies * self.padded * _groups(self.inputs, self.form) * SCALE_BYTES
 
 
 def _packed(cfg: TextConfig, weights: Weights) -> Iterator[_Packed]:
@@ -91,9 +102,9 @@ def _packed(cfg: TextConfig, weights: Weights) -> Iterator[_Packed]:
         yield _Packed(attention, (H + 2 * G) * d, D)
         yield _Packed(attention, D, H * d)
         F = cfg.intermediate_size if experts else cfg.intermediate_size_mlp
-        for form, copies in ((weights.shared.packed, 1), (weights.experts.packed, experts)):
-            yield _Packed(form, 2 * _up(F, GATES), D, copies)
-            yield _Packed(form, D, F, copies)
+        for form, copies, routed in ((weights.shared.packed, 1, False), (weights.experts.packed, experts, True)):
+            yield _Packed(form, 2 * _up(F, GATES), D, copies, routed)
+            yield _Packed(form, D, F, copies, routed)
     yield _Packed(weights.head.packed, cfg.vocab_size, D)
 
 

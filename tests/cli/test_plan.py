@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from herd import api
+from herd.checkpoint import names
 from herd.cli.main import run
 from herd.config import SCOUT, VISION, TextConfig
 from herd.plan.flops import flops_of_prompt
@@ -104,7 +104,7 @@ def test_the_page_shows_what_the_command_prints(
     command: str, printed: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CRIA.to_hf()))
-    monkeypatch.setattr(api, "cria_path", lambda: tmp_path)  # which would be built first
+    monkeypatch.setattr(names, "cria_path", lambda: tmp_path)  # which would be built first
     assert run(command.split()) == 0
     assert capsys.readouterr().out == printed
 

@@ -61,9 +61,10 @@ def test_the_longest_context_fits_and_one_token_more_does_not(gigabytes: int, kv
         scout(weights="bf16", kv="bf16"),
         scout(weights="bf16", gpu="mac-m4-max"),
         scout(gpu="laptop", weights="int8", kv="bf16", cfg=LONG, context=100 * M),
+        scout(gpu="cpu", weights="bf16", kv="bf16", context=128 * 1024),
         scout(cfg=BEHEMOTH_ASSUMED, vision=None, weights="fp8", kv="fp8", gpu="b200"),
     ],
-    ids=["10M", "bf16", "mac", "laptop", "behemoth"],
+    ids=["10M", "bf16", "mac", "laptop", "cpu", "behemoth"],
 )
 def test_every_change_is_enough_and_nothing_less_is(plan: Plan) -> None:
     assert changes(plan)
@@ -102,7 +103,7 @@ def test_two_things_are_changed_where_one_is_not_enough() -> None:
 
 
 def test_there_may_be_no_change_that_does() -> None:
-    assert changes(scout(gpu="cpu", weights="bf16", kv="bf16")) == []
+    assert changes(scout(gpu="cpu", cfg=BEHEMOTH_ASSUMED, weights="bf16", kv="bf16")) == []
 
 
 def test_a_machine_is_offered_only_what_it_has() -> None:
@@ -122,10 +123,21 @@ def test_devices_needed_is_the_least_number() -> None:
     assert devices_needed(scout(gpu="mac-m4-max", weights="bf16")) is None
 
 
+def test_herds_engine_runs_more_than_memory_holds_with_experts_on_disk() -> None:
+    plan = scout(gpu="cpu", context=128 * 1024)
+    assert not plan.fits and [change.text for change in changes(plan)] == ["routed experts on disk"]
+    after = Plan(replace(plan.setup, experts_in="disk"))
+    assert after.fits
+    # All but one expert has gone to disk, where the checkpoint is not needed.
+    [experts] = [item.nbytes for item in after.items if item.name == "routed experts, in a packed folder"]
+    assert plan.bytes_in("device") - after.bytes_in("device") == experts - experts // (48 * 16)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"count": 2}, "on one cpu"),
+        ({"experts_in": "host"}, "in memory or on disk"),
         ({"kv": "fp8"}, "as int8 or int4"),
         ({"kv": "bf16", "kv_in": "disk"}, "as int8 or int4"),
         ({"weights": "int4_mixed"}, "experts=int4:128,shared=int4:128"),

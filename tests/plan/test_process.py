@@ -49,6 +49,8 @@ def test_packed_weights_take_what_is_planned(cfg: TextConfig, weights: str) -> N
     assert sum(-(-weight.packed.nbytes // 64) * 64 for weight in found) == need.weights
     assert sum(weight.scale.nbytes for weight in found) == need.scales
     assert norms == need.norms_and_routers
+    experts = [mlp for layer in model.packed.layers for mlp in layer.experts]
+    assert sum(weight.nbytes for mlp in experts for weight in (mlp.gate_up, mlp.down)) == need.experts
 
 
 @pytest.mark.parametrize("context", [1, 8, 33, 100])
