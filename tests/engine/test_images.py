@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from herd.engine import Engine, Request, Sampler, stream
@@ -101,9 +103,9 @@ def test_a_packed_model_sees_images() -> None:
 def test_patches_that_are_not_those_of_the_images_are_refused(model: Transformer) -> None:
     engine = Engine(model, vision=VISION)
     ids, images = PROMPTS[2]
-    for given, count in ((images[:1], 12), ([], 0), ([*images, *images], 32)):
-        with pytest.raises(PromptError, match=rf"prompt: 16; of the images given: {count} \(images: {len(given)}\)"):
-            engine.submit(Request(ids, 1, images=given))
+    for features, count in ((images[:1], 12), ([], 0), ([*images, *images], 32)):
+        with pytest.raises(PromptError, match=rf"prompt: 16; of the images given: {count} \(images: {len(features)}\)"):
+            engine.submit(Request(ids, 1, images=features))
     with pytest.raises(PromptError, match=r"this engine has no image encoder; .* \(given: 2\)"):
         Engine(model).submit(Request(ids, 1, images=images))
     assert engine.idle
@@ -140,6 +142,30 @@ def test_turns_that_go_on_equal_one_prompt_of_all(model: Transformer, prompt_tok
         assert found[before] == full(model, ids, images, 5), number
         assert found[other] == full(model, text(9, 8), [], 5)
         ids += found[before]
+
+
+PART = st.tuples(st.sampled_from(["text", "image"]), st.integers(1, 3), st.integers(0, 99))
+
+
+@settings(max_examples=25, derandomize=True)
+@given(
+    turns=st.lists(st.lists(PART, min_size=1, max_size=4), min_size=1, max_size=4),
+    prompt_tokens=st.sampled_from([1, 3, 10, 100]),
+    answer=st.integers(1, 5),
+)
+def test_any_turns_equal_one_prompt_of_all(
+    model: Transformer, turns: list[list[tuple[str, int, int]]], prompt_tokens: int, answer: int
+) -> None:
+    engine = Engine(model, prompt_tokens=prompt_tokens, vision=VISION)
+    ids, images, before = list[int](), list[Tensor](), None
+    for turn in turns:
+        parts = [text(size, seed) if kind == "text" else seen(size, seed) for kind, size, seed in turn]
+        new_ids, new_images = prompt(*parts)
+        before = engine.submit(Request(new_ids, answer, images=new_images, room=400, after=before))
+        said = answers(engine)[before]
+        ids, images = ids + new_ids, images + new_images
+        assert said == full(model, ids, images, answer)
+        ids += said
 
 
 def test_what_was_cancelled_while_it_answered_can_be_gone_on_from(model: Transformer) -> None:
