@@ -75,6 +75,14 @@ def test_pixels_equal_meta_on_random_sizes() -> None:
     assert {1, 3, 17} <= counts and len(counts) > 8
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 6000), (6000, 1), (335, 337), (5376, 336), (5377, 336), (1344, 1344)])
+def test_pixels_equal_meta_at_the_edges(size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*size))
+    expected, grid = meta_preprocess.tiles(image)
+    pixels, rows, columns = cut(image, VISION)
+    assert (rows, columns) == grid and torch.equal(pixels, expected)
+
+
 @given(st.integers(1, 1 << 24), st.integers(1, 1 << 24))
 @settings(max_examples=300)
 def test_the_canvas_equals_meta(width: int, height: int) -> None:
