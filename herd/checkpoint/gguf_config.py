@@ -85,8 +85,8 @@ def read_vision_config(file: GgufFile) -> VisionConfig:
         return file.whole(f"clip.vision.{name}")
 
     scale = whole("projector.scale_factor")
-    if scale < 1 or whole("block_count") > MAX_LAYERS:
-        raise CheckpointError(f"{file.path} has scale_factor {scale} and {whole('block_count')} layers")
+    if scale < 1:
+        raise CheckpointError(f"{file.path} has scale_factor {scale}; it must be at least 1")
     out = file.shape("mm.model.mlp.2.weight")[0]
     return VisionConfig(
         hidden_size=whole("embedding_length"),

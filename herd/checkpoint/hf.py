@@ -58,7 +58,7 @@ def read_hf_config(folder: Path) -> tuple[TextConfig, VisionConfig | None]:
             method = quantization.get("quant_method")
             if method not in _QUANTIZERS:
                 raise ConfigError(f"{folder} is quantised by {method!r}; {' and '.join(_QUANTIZERS)} can be read")
-        for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+        for part in (raw, raw.get("text_config")):
             layers = (part or {}).get("num_hidden_layers", 0)
             if isinstance(layers, int) and layers > MAX_LAYERS:
                 raise ConfigError(f"{path} asks for {layers:,} layers; at most {MAX_LAYERS:,} can be read")

@@ -42,6 +42,10 @@ def text_shapes(cfg: TextConfig) -> Shapes:
 
 def vision_shapes(cfg: VisionConfig, hidden_size: int) -> Shapes:
     """Of the image encoder and the projector into a decoder of this hidden_size. CheckpointError for absurd sizes."""
+    if cfg.num_hidden_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"the image encoder has {cfg.num_hidden_layers:,} layers; at most {MAX_LAYERS:,} can be read"
+        )
     D, F, P = cfg.hidden_size, cfg.intermediate_size, cfg.projector_input_dim
     shapes: Shapes = {
         "patch_embedding.linear.weight": (D, cfg.num_channels * cfg.patch_size**2),
