@@ -145,7 +145,7 @@ class Engine:
                 self._scheduler.remove(piece.job, broken=True)
             raise
         for piece in pieces:
-            piece.job.seen += len(piece.ids)
+            piece.job.advance(len(piece.ids))
         tokens = [job.take(choice) for job, choice in zip(choosing, choices, strict=True)]
         for job, token in zip(choosing, tokens, strict=True):
             if token.finish:

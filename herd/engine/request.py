@@ -4,7 +4,7 @@ Shape suffixes: V vocabulary, N tokens of images, D hidden.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,8 @@ Guide = Callable[[Sequence[int], Tensor, KVRow], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1.
+    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1, or room
+    below 0 or given again.
 
     guide: changes the logits before each choice, for instance to leave out what may not come next (-inf). images: the
     features [tokens, D] of each image in the prompt, in their order (`herd.model.vision`). room: memory for so many
@@ -44,6 +45,8 @@ class Request:
         object.__setattr__(self, "images", tuple(self.images))
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens is {self.max_tokens}; an answer has at least one token")
+        if self.room < 0 or (self.room and self.after is not None):
+            raise PromptError(f"room is {self.room}; it is 0 or more, and given with the first request of several only")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class Job:
     def answering(self) -> bool:
         """Whether the model has seen the prompt."""
         return self.seen >= self.begun
+
+    def advance(self, tokens: int) -> None:
+        """The model has seen so many tokens more; what images look like is then in its memory."""
+        self.seen += tokens
+        if self.features_ND is not None and self.answering:
+            self.features_ND, self.request = None, replace(self.request, images=())
 
     def guided(self, logits_V: Tensor) -> Tensor:
         """Logits as the request's guide leaves them."""

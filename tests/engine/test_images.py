@@ -1,5 +1,7 @@
 """Images in prompts, and prompts that go on from kept memory: both give what one forward pass over everything gives."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -161,7 +163,8 @@ def test_any_turns_equal_one_prompt_of_all(
     for turn in turns:
         parts = [text(size, seed) if kind == "text" else seen(size, seed) for kind, size, seed in turn]
         new_ids, new_images = prompt(*parts)
-        before = engine.submit(Request(new_ids, answer, images=new_images, room=400, after=before))
+        room = 400 if before is None else 0
+        before = engine.submit(Request(new_ids, answer, images=new_images, room=room, after=before))
         said = answers(engine)[before]
         ids, images = ids + new_ids, images + new_images
         assert said == full(model, ids, images, answer)
@@ -176,6 +179,26 @@ def test_what_was_cancelled_while_it_answered_can_be_gone_on_from(model: Transfo
     assert engine.cancel(first)
     engine.submit(Request([5, 6], 4, after=first))
     assert answers(engine)[1] == full(model, [*ids, *said, 5, 6], images, 4)
+
+
+def test_features_are_given_up_once_they_are_seen(model: Transformer) -> None:
+    ids, images = PROMPTS[0]
+    features = [images[0].clone()]
+    alive = weakref.ref(features[0])
+    engine = Engine(model, prompt_tokens=4, vision=VISION)
+    engine.submit(Request(ids, 5, images=features, room=10))
+    del features
+    engine.step()
+    assert alive() is not None, "not all patches are seen"
+    assert [token.request for _ in range(2) for token in engine.step()] == [0]
+    gc.collect()
+    assert alive() is None
+
+
+def test_room_is_given_once(model: Transformer) -> None:
+    for wrong in ({"room": -1}, {"room": 5, "after": 0}):
+        with pytest.raises(PromptError, match=f"room is {wrong['room']}; it is 0 or more, and given with the first"):
+            Request([1], 1, **wrong)
 
 
 def test_penalties_count_all_that_was_gone_on_from(model: Transformer) -> None:
