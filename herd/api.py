@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ def load(
     memory: int | str | None = None,
     calibration: Tensor | None = None,
 ) -> Model:
-    """Load "cria" (built first if it is not there yet), or a folder in Hugging Face's Llama 4 layout.
+    """Load "cria" (built first if it is not there yet), or a checkpoint: a folder of Hugging Face's or Meta's, a GGUF
+    file, a folder with one and its `mmproj` file, or a packed folder.
 
     `@int8`, `@int4`, such as `@int4:32`, or `@fp8` after the name rounds the weights to a format, in groups of at most
     64 inputs or that many; such as `@experts=int4,shared=int4,head=int8` does so part by part (experts, shared,
@@ -160,8 +162,18 @@ def load(
         identity = hashlib.sha256(f"{identity} {_rounded(transformer, weights, calibration)}".encode()).hexdigest()
     elif transformer.memory_dtype == torch.bfloat16:
         pack_halves(transformer)
-    tokenizer, vision = Tokenizer.load(folder), checkpoint.load_vision(folder, dtype)
+    tokenizer, vision = _tokenizer(folder), checkpoint.load_vision(folder, dtype)
     return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint; the vocabulary in a GGUF file becomes a folder's for that."""
+    if path.is_dir() and not any(path.glob("*.gguf")):
+        return Tokenizer.load(path)
+    with checkpoint.open_weights(path) as weights, TemporaryDirectory() as folder:
+        for name, content in weights.tokenizer().items():
+            (Path(folder) / name).write_bytes(content)
+        return Tokenizer.load(folder)
 
 
 def _rounded(transformer: Transformer, weights: Weights, calibration: Tensor | None) -> str:

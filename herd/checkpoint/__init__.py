@@ -1,5 +1,6 @@
-"""Files <-> model: checkpoints of Hugging Face, Meta and llama.cpp, loading, saving, and upcycling of dense Llamas."""
+"""Files <-> model: checkpoints of Hugging Face, Meta and llama.cpp: loading, saving, conversion, and upcycling."""
 
+from herd.checkpoint.convert import convert
 from herd.checkpoint.fingerprint import fingerprint
 from herd.checkpoint.hf import save
 from herd.checkpoint.load import load, open_weights, read_config
@@ -10,6 +11,7 @@ from herd.checkpoint.weights import Weights
 
 __all__ = [
     "Weights",
+    "convert",
     "fingerprint",
     "is_packed",
     "load",

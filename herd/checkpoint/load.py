@@ -93,8 +93,8 @@ def _open(path: Path) -> Weights:
         return open_gguf(path)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not there; expected a folder with config.json and safetensors files, a folder with params.json "
-            "and consolidated.*.pth, or a GGUF file"
+            f"{path} is not a folder or a GGUF file; expected a folder with config.json and safetensors files, or with "
+            "params.json and consolidated.*.pth, or a GGUF file"
         )
     return open_meta(path) if is_meta(path) else open_hf(path)
 

@@ -63,9 +63,17 @@ class _Planned:
         return int(prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind)))
 
 
-def write_gguf(weights: Weights, job: Job, names: list[str], kind_name: str, progress: Progress | None = None) -> None:
+def write_gguf(
+    weights: Weights,
+    job: Job,
+    files: dict[str, bytes],
+    names: list[str],
+    kind_name: str,
+    progress: Progress | None = None,
+) -> None:
     """Write the text model as the last of `names` and, of a multimodal one, the image encoder as the first.
 
+    files: of the tokenizer, by name.
     All matrices are of the kind that llama.cpp calls so. But routers are float32, and the image encoder is bfloat16
     where the text model is quantised. CheckpointError for what llama.cpp's llama4 cannot express, or a width that
     cannot be quantised.
@@ -75,7 +83,7 @@ def write_gguf(weights: Weights, job: Job, names: list[str], kind_name: str, pro
     scratch = job.result / "header"
     text = _Writer(scratch, ARCHITECTURE, weights, kind)
     _add_settings(text.writer, weights.text)
-    add_vocabulary(text.writer, weights.path, weights.tokenizer(), weights.text)
+    add_vocabulary(text.writer, weights.path, files, weights.text)
     layouts = [text.layout(names[-1], [name for name in weights.names if not name.startswith(VISION_PREFIXES)])]
     if weights.vision is not None:
         images = _Writer(scratch, VISION_ARCHITECTURE, weights, Kind.BF16 if kind in _QUANTIZED else kind)

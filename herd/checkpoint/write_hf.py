@@ -36,13 +36,17 @@ class _Planned:
 def write_hf(
     weights: Weights,
     job: Job,
+    files: dict[str, bytes],
     dtype: torch.dtype,
     *,
     as_fp8: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write all files of the folder. as_fp8: routed experts become FP8, by Meta's recipe (spec §7)."""
+    """Write all files of the folder.
+
+    files: further ones, such as the tokenizer's. as_fp8: routed experts become FP8, by Meta's recipe (spec §7).
+    """
     shards = _shards(list(_planned(weights, dtype, as_fp8)), shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -53,7 +57,7 @@ def write_hf(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(job.result / INDEX, index)
     write_json(job.result / "config.json", _config(weights, dtype, as_fp8))
-    for name, content in weights.tokenizer().items():
+    for name, content in files.items():
         (job.result / name).write_bytes(content)
 
 

@@ -10,15 +10,16 @@ import typer
 
 from herd import __version__
 from herd.cli.output import JsonFlag, examples, print_json
-from herd.config import PRESETS, TextConfig
+from herd.config import MAVERICK, PRESETS, SCOUT, VISION, TextConfig, VisionConfig
 
 NAME = "info"
-EXAMPLES = examples("herd info", "herd info scout", "herd info cria --json", "herd info ./my-model")
+EXAMPLES = examples("herd info", "herd info scout", "herd info cria --json", "herd info ./my-model", "herd info m.gguf")
 
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[NAME|DIR]", help=f"cria, {', '.join(PRESETS)}, or a model folder.")
+        str | None,
+        typer.Argument(metavar="[NAME|DIR|FILE]", help=f"cria, {', '.join(PRESETS)}, a model folder or GGUF file."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -51,22 +52,51 @@ def installation() -> dict[str, Any]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A preset by name, or a model folder read from its config.json and file sizes; no weight is loaded."""
+    """A preset by name, or a checkpoint by its configuration and what its headers say; no weight is loaded."""
     if name in PRESETS and not Path(name).exists():
-        return {"model": name, **_architecture(PRESETS[name])}
+        vision = VISION if PRESETS[name] in (SCOUT, MAVERICK) else None  # nothing is known of Behemoth's
+        return {"model": name, **_architecture(PRESETS[name], vision), **_licence(PRESETS[name], vision)}
+    from herd.checkpoint.hf import read_hf_config
     from herd.checkpoint.names import find_model
-    from herd.checkpoint import read_config
+    from herd.checkpoint.summary import summarize
 
-    folder = find_model(name).folder
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"model": str(folder), **_architecture(read_config(folder)), "weight_bytes": weights}
+    path = find_model(name).folder
+    if (path / "config.json").exists() and not any(path.glob("*.safetensors")):
+        cfg, vision = read_hf_config(path)
+        return {"model": str(path), **_architecture(cfg, vision), "weight_bytes": 0, **_licence(cfg, vision)}
+    found = summarize(path)
+    return {
+        "model": str(path),
+        "format": found.format,
+        **_architecture(found.text, found.vision),
+        "weight_bytes": sum(found.bytes_of.values()),
+        "bytes": found.bytes_of,
+        "types": found.types,
+        **_licence(found.text, found.vision),
+    }
 
 
-def _architecture(cfg: TextConfig) -> dict[str, Any]:
+def _licence(cfg: TextConfig, vision: VisionConfig | None) -> dict[str, str]:
+    """What applies to Meta's weights, which have a vocabulary of their own size (spec §8.4)."""
+    if cfg.vocab_size != SCOUT.vocab_size:
+        return {}
+    text = (
+        "if these are Meta's weights or made from them, the Llama 4 Community License: show 'Built with Llama', keep "
+        "its notice, call derived models Llama; above 700 million monthly users Meta's own permission is needed"
+    )
+    if vision is not None:
+        text += "; its use policy grants no rights in multimodal models to people and companies in the EU"
+    return {"licence": text}
+
+
+def _architecture(cfg: TextConfig, vision: VisionConfig | None) -> dict[str, Any]:
+    """parameters: of the text model, of which a token passes through the active ones."""
     kv_bytes = 2 * cfg.num_key_value_heads * cfg.head_dim
+    images = 0 if vision is None else vision.num_parameters(cfg.hidden_size)
     return {
         "parameters": cfg.num_parameters(),
         "active_parameters": cfg.num_parameters(active=True),
+        **({"image_parameters": images, "all_parameters": cfg.num_parameters() + images} if images else {}),
         "layers": cfg.num_hidden_layers,
         "layer_map": layer_map(cfg),
         "hidden_size": cfg.hidden_size,
@@ -79,7 +109,7 @@ def _architecture(cfg: TextConfig) -> dict[str, Any]:
         "vocabulary": cfg.vocab_size,
         "chunk": cfg.attention_chunk_size,
         "context": cfg.max_position_embeddings,
-        "bf16_bytes": 2 * cfg.num_parameters(),
+        "bf16_bytes": 2 * (cfg.num_parameters() + images),
         "bf16_kv_bytes_per_token": 2 * kv_bytes * len(cfg.global_layers),
     }
 

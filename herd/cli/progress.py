@@ -37,6 +37,21 @@ def reading() -> Iterator[Callable[["ReadProgress"], None] | None]:
 
 
 @contextmanager
+def converting() -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for herd.checkpoint.convert that draws how much is done and the time left; None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("converting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def training() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     """A callback for herd.train.run: a bar per stage with the newest figures; without a terminal, a line per stage."""
     if not sys.stderr.isatty():

@@ -80,6 +80,10 @@ class Tokenizer:
         template = _template_source(folder, settings)
         return cls(core, eos_ids=eos_ids, pad_id=pad, template=template, named=named, pieces=pieces)
 
+    def to_json(self) -> bytes:
+        """The vocabulary and its rules, as a tokenizer.json has them."""
+        return str(self._core.to_str()).encode()
+
     def __len__(self) -> int:
         """Number of ids, special tokens included."""
         return int(self._core.get_vocab_size(with_added_tokens=True))

@@ -268,7 +268,7 @@ def test_missing_shards(tmp_path, good):
 
 def test_wrong_places(tmp_path, good):
     for path, message in (
-        (tmp_path / "nowhere", "is not there; expected a folder"),
+        (tmp_path / "nowhere", "is not a folder or a GGUF file"),
         (good / "hf" / "model.safetensors", "is not a readable GGUF file"),
         (good / "gguf" / "mmproj.gguf", "is the image encoder only"),
         (tmp_path, "has no config.json"),
