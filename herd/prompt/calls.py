@@ -30,8 +30,9 @@ Found = tuple[int, tuple[ToolCall, ...]]  # where calls end, and the calls
 
 _TAG, _TAG_END = "<function=", "</function>"
 # Where calls may begin: anywhere, or where a line does.
-_BEGINS = re.compile(r"<|(?<=\n)[ \t]*[\[{bwp]")
-_BEGINS_HERE = re.compile(r"<|(?:\A|(?<=\n))[ \t]*[\[{bwp]")
+_AT_LINE = rf"[ \t]*[\[{{{''.join(sorted({name[0] for name in SEARCHES}))}]"
+_BEGINS = re.compile(rf"<|(?<=\n){_AT_LINE}")
+_BEGINS_HERE = re.compile(rf"<|(?:\A|(?<=\n)){_AT_LINE}")
 _FRESH = re.compile(rf"(?:\n|{re.escape(PYTHON_START)}|{re.escape(PYTHON_END)})[ \t]*\Z")
 _BLANK, _WORD, _STARS, _KEY = (re.compile(p) for p in (r"\s{0,256}", r"[\w.-]{0,256}", r"\*{0,2}", r'["\w]{0,16}'))
 _JSON_KEYS = {f'"{key}"' for key in ("type", "id", "function", "name", "parameters", "arguments")}
