@@ -103,6 +103,10 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.herd_project.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_finish.argtypes = (_P, _P, _P, _P, _I64)
     library.herd_run.argtypes = (_P, _P, _I64, _P, _P, _I64, _I64)
+    library.herd_own.argtypes = (_P, _P, _P, _P, _I64, _I64, _P, _I64)
+    library.herd_route.argtypes, library.herd_route.restype = (_P, _P, _P, _P, _P, _I64), _P
+    library.herd_feed_forward.argtypes = (_P, ctypes.c_char_p, _I64)
+    library.herd_add_routed.argtypes = (_P, _I64)
     library.herd_attend.argtypes = (_P, _I64, _I64, _I64, _P, _I64, ctypes.c_float, _P, _I64, _P, _P, _P, _P)
     library.herd_keep.argtypes = (_P, _I64, _I64, _I32, _P, _P)
     return library, library.herd_level().decode()
@@ -201,7 +205,9 @@ def pack(w_NK: Tensor, bits: int, group: int) -> PackedWeight:
     group = K if bits == 16 else fitting_group(K, group)
     panels = -(-N // PANEL)
     packed = room(panels * PANEL * K * bits // 8)
-    scale = torch.zeros(panels, 0 if bits == 16 else K // group, PANEL)
+    scales = (panels, 0 if bits == 16 else K // group, PANEL)
+    # Not among the copies that packing makes for a time, whose memory could not be used again for what lies between.
+    scale = room(4 * math.prod(scales)).view(torch.float32).view(scales).zero_()
     weight = PackedWeight(packed, scale, (N, K), group, bits)
     w_NK = w_NK.contiguous() if w_NK.dtype in _TYPES else w_NK.float().contiguous()
     struct, threads = ctypes.byref(weight.struct()), torch.get_num_threads()
