@@ -4,6 +4,7 @@ Shape suffixes: as in herd/kernels/layers.py.
 """
 
 import math
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from herd.kernels.layers import Layers, Shape, Tokens, pack_mlp, whole_panels
+from herd.kernels.layers import Layer, Layers, Mlp, Shape, Tokens, pack_mlp, whole_panels
 from herd.kernels.native import linear
 from tests.kernels.plain_layers import Plain, Sequence, run
 
@@ -116,6 +117,39 @@ def test_the_rest_of_a_layer(N: int, bits: int, kind: dict[str, Any]) -> None:
     Layers(SHAPE, [layer.packed()]).finish(0, ours, attended_NHd)
     layer.finish(theirs, attended_NHd)
     compare(ours.x_ND, theirs.x_ND, before.x_ND, ROUNDED[bits], ORDER)
+
+
+class InTurn:
+    """Gives experts some at a time; at first none, or all that are wanted."""
+
+    def __init__(self, layers: list[Layer], at_once: int, first: int) -> None:
+        self._layers, self._at_once, self._first = layers, at_once, first
+
+    def load(self, layer: int, wanted: list[int], x_ND: Tensor) -> Generator[dict[int, Mlp], None, None]:
+        experts = self._layers[layer].experts
+        yield {e: experts[e] for e in wanted[: self._first]}
+        for at in range(self._first, len(wanted), self._at_once):
+            yield {e: experts[e] for e in wanted[at : at + self._at_once]}
+
+
+@pytest.mark.parametrize(("at_once", "first"), [(1, 0), (2, 0), (2, 1), (9, 9)])
+def test_experts_that_come_one_after_the_other(at_once: int, first: int, bits: int) -> None:
+    """Their weights may be anywhere until they come. The same numbers as in one call."""
+    some = [plain(bits, E=E, top_k=min(E, 2), seed=seed, local=bool(seed)) for seed, E in enumerate((5, 0, 3))]
+    packed = [layer.packed() for layer in some]
+    elsewhere = [replace(x, experts=tuple(_nowhere(mlp) for mlp in x.experts)) for x in packed]
+    before, found = tokens(24), []
+    for layers in (Layers(SHAPE, packed), Layers(SHAPE, elsewhere, InTurn(packed, at_once, first))):
+        sequences, new = [Sequence(some, (11, 11)) for _ in range(2)], again(before)
+        layers.run(0, 3, new, [s.span(2 + 11 * at, 11) for at, s in enumerate(sequences)])
+        layers.finish(2, new, torch.randn(24, SHAPE.H, SHAPE.d, generator=torch.Generator().manual_seed(4)))
+        found.append(new.x_ND)
+    assert torch.equal(*found)
+
+
+def _nowhere(mlp: Mlp) -> Mlp:
+    absent = (replace(w, packed=w.packed.to("meta"), scale=w.scale.to("meta")) for w in (mlp.gate_up, mlp.down))
+    return Mlp(*absent)
 
 
 def test_a_layer_before_it_is_not_touched(bits: int) -> None:
