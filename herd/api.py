@@ -6,7 +6,7 @@ Shape suffixes: T tokens, V vocabulary.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,21 +20,20 @@ from herd.config import TextConfig
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.limits import apart, too_long
-from herd.context.quoting import Quoting
+from herd.context.quoting import Quoting, Try
 from herd.context.read import Progress, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, stream
 from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, Weights
-from herd.model import KVRow, Transformer
+from herd.model import Transformer
 from herd.model.calibrate import calibrate
 from herd.model.fusion import find
 from herd.model.quantized import pack_halves, quantize
 from herd.model.vision import Vision
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
-from herd.prompt.quotes import Worth
 
 OnText = Callable[[str], None]
 
@@ -282,9 +281,11 @@ class Context:
         """Answers to independent questions, the same as one by one; each pass over the context serves them all."""
         return self._ask(questions, also, max_tokens, quote, None)
 
-    def _ask(
-        self, questions: Sequence[str], also: Sequence["Context"], max_tokens: int, quote: bool, on_text: OnText | None
-    ) -> list[Answer]:
+    def memory(self, also: Sequence["Context"] = (), room: int = 1) -> ContextCache:
+        """What an engine's requests see these contexts with, of up to `room` tokens each (`Engine(cache=...)`).
+
+        Errors as of `ask`.
+        """
         contexts = [self, *also]
         for context in contexts:
             if not context.tokens:
@@ -296,13 +297,17 @@ class Context:
         stores = [context._store for context in contexts]
         if (reason := apart(stores) or too_long(stores, self._model.config.max_position_embeddings)) is not None:
             raise ContextError(reason)
-        model, tokenizer = self._model, self._model.tokenizer
+        return ContextCache(stores, self._model.config, self._model.transformer.memory_dtype, room)
+
+    def _ask(
+        self, questions: Sequence[str], also: Sequence["Context"], max_tokens: int, quote: bool, on_text: OnText | None
+    ) -> list[Answer]:
+        tokenizer = self._model.tokenizer
         prompts = [ask_prompt(tokenizer, question) for question in questions]
-        room = max(map(len, prompts), default=0) + max_tokens
-        cache = ContextCache(stores, model.config, model.transformer.memory_dtype, room)
+        cache = self.memory(also, max(map(len, prompts), default=0) + max_tokens)
         quote = quote and tokenizer.byte_level
         guides = [Quoting(question, tokenizer) if quote else None for question in questions]
-        tries = [_Try(prompt, guide) for prompt, guide in zip(prompts, guides, strict=True)]
+        tries = [Try(prompt, guide) for prompt, guide in zip(prompts, guides, strict=True)]
         said = _Said(tokenizer, on_text)
         self._run(tries, cache, max_tokens, said)
         # A second try counts only if it is sure, so nothing of it is told before its end.
@@ -312,7 +317,7 @@ class Context:
         said.finish(tries)
         return [self._answer(one, quote) for one in tries]
 
-    def _run(self, tries: "list[_Try]", cache: ContextCache, max_tokens: int, said: "_Said | None" = None) -> None:
+    def _run(self, tries: list[Try], cache: ContextCache, max_tokens: int, said: "_Said | None" = None) -> None:
         """Go on with all of them to their ends; said: tells at once what stays as it is."""
         model, ends = self._model, self._model.tokenizer.eos_ids
         engine = Engine(model.transformer, cache=cache, rows=max(len(tries), 1))
@@ -327,55 +332,11 @@ class Context:
                 if said is not None:
                     said.say(tries[token.request])
 
-    def _answer(self, one: "_Try", quoted: bool) -> Answer:
+    def _answer(self, one: Try, quoted: bool) -> Answer:
         assert isinstance(one.row, ContextRow)
         tokenizer = self._model.tokenizer
         citations = tuple(cite(one.row, tokenizer))
         return Answer(tokenizer.decode(one.ids), citations, tuple(one.ids), max(one.missed, one.row.missed), quoted)
-
-
-@dataclass(eq=False)
-class _Try:
-    """A question on its way to an answer.
-
-    ids: of the answer so far, of which `begun` were there from the beginning and `kept` may become a quote, or are the
-    model's own words. missed: of attention not read by the try that this one goes on from.
-    """
-
-    prompt: list[int]
-    guide: Quoting | None
-    ids: list[int] = field(default_factory=list)
-    kept: int = 0
-    missed: float = 0.0
-    row: KVRow | None = None
-
-    def __post_init__(self) -> None:
-        self.begun = tuple(self.ids)
-
-    def guided(self, ids: Sequence[int], logits_V: Tensor, row: KVRow) -> Tensor:
-        """See `herd.engine.request.Guide`."""
-        assert self.guide is not None
-        return self.guide([*self.begun, *ids], logits_V, row)
-
-    def take(self, id: int) -> None:
-        """Go on with this token."""
-        self.ids.append(id)
-        if self.guide is None or self.guide.quotes(self.ids):
-            self.kept = len(self.ids)
-
-    @property
-    def sure(self) -> bool:
-        """Whether it ended as a quote that surely answers."""
-        return self.guide is not None and self.guide.worth(self.ids) is Worth.SURE
-
-    def again(self) -> "_Try | None":
-        """If this one ended without a quote, or a doubtful one: another that may end better, from where they part."""
-        if self.guide is None or self.kept == len(self.ids):
-            return None
-        assert isinstance(self.row, ContextRow)
-        kept, worth = self.ids[: self.kept], self.guide.worth(self.ids)
-        guide = self.guide.again(kept, doubtful=worth is Worth.DOUBTFUL)
-        return None if guide is None else _Try(self.prompt, guide, kept, self.kept, self.row.missed)
 
 
 class _Said:
@@ -384,11 +345,11 @@ class _Said:
     def __init__(self, tokenizer: Tokenizer, on_text: OnText | None) -> None:
         self._text, self._on_text, self._count = tokenizer.stream(), on_text, 0
 
-    def say(self, one: _Try) -> None:
+    def say(self, one: Try) -> None:
         """Tell what may become a quote."""
         self._tell(one.ids[: one.kept])
 
-    def finish(self, tries: Sequence[_Try]) -> None:
+    def finish(self, tries: Sequence[Try]) -> None:
         """Tell the rest of the answer."""
         if self._on_text is not None:
             self._tell(tries[0].ids)

@@ -5,6 +5,7 @@ Shape suffix: V vocabulary.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -97,6 +98,50 @@ class Quoting:
                 done.add((rest[:32], missing))
                 into.update(self._tokenizer.prefixes(rest))
         return quoting, absent
+
+
+@dataclass(eq=False)
+class Try:
+    """A question on its way to an answer.
+
+    ids: of the answer so far, of which `begun` were there from the beginning and `kept` may become a quote, or are the
+    model's own words. missed: of attention not read by the try that this one goes on from.
+    """
+
+    prompt: list[int]
+    guide: Quoting | None
+    ids: list[int] = field(default_factory=list)
+    kept: int = 0
+    missed: float = 0.0
+    row: KVRow | None = None
+
+    def __post_init__(self) -> None:
+        self.begun = tuple(self.ids)
+
+    def guided(self, ids: Sequence[int], logits_V: Tensor, row: KVRow) -> Tensor:
+        """The guide of the request (`herd.engine`) that goes on with it."""
+        assert self.guide is not None
+        return self.guide([*self.begun, *ids], logits_V, row)
+
+    def take(self, id: int) -> None:
+        """Go on with this token."""
+        self.ids.append(id)
+        if self.guide is None or self.guide.quotes(self.ids):
+            self.kept = len(self.ids)
+
+    @property
+    def sure(self) -> bool:
+        """Whether it ended as a quote that surely answers."""
+        return self.guide is not None and self.guide.worth(self.ids) is Worth.SURE
+
+    def again(self) -> "Try | None":
+        """If this one ended without a quote, or a doubtful one: another that may end better, from where they part."""
+        if self.guide is None or self.kept == len(self.ids):
+            return None
+        assert isinstance(self.row, ContextRow)
+        kept, worth = self.ids[: self.kept], self.guide.worth(self.ids)
+        guide = self.guide.again(kept, doubtful=worth is Worth.DOUBTFUL)
+        return None if guide is None else Try(self.prompt, guide, kept, self.kept, self.row.missed)
 
 
 def _absent(answer: bytes) -> bool:

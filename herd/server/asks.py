@@ -1,0 +1,94 @@
+"""What the service is asked for, and what it says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from herd.api import Context
+from herd.context.citations import Citation
+from herd.engine import Finish, Guide, Sampler, Token
+from herd.errors import HerdError, PromptError
+
+
+class Busy(HerdError):
+    """As many requests wait as may."""
+
+
+class TooLong(PromptError):
+    """Prompt and answer need more positions than the model has, or more memory than the service."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """An answer that is wanted: token ids to go on from.
+
+    guide, images: see `herd.engine.Request`. stopped: told each token, says whether the answer ends there, as at a stop
+    string. contexts: what it sees besides its prompt, as they are now (`Contexts.now`). question: holds the answer to
+    quotes of the contexts; it is then greedy, and guide, sampler and stopped are not used. client: clients take turns.
+    scope: what was seen for one scope is never used for another one.
+    """
+
+    ids: Sequence[int]
+    max_tokens: int
+    sampler: Sampler = field(default_factory=Sampler)
+    guide: Guide | None = None
+    images: Sequence[Tensor] = ()
+    stopped: Callable[[Token], bool] | None = None
+    contexts: tuple[Context, ...] = ()
+    question: str | None = None
+    client: str = ""
+    scope: str = ""
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended. cached_tokens: of the prompt that the model had seen before. missed_mass: see `Answer`."""
+
+    finish: Finish
+    cached_tokens: int = 0
+    citations: tuple[Citation, ...] = ()
+    missed_mass: float = 0.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """Ask `index` of a request goes on with these tokens, an end token included; end: how it ends with them."""
+
+    index: int
+    tokens: tuple[Token, ...]
+    end: End | None = None
+
+
+class Answers:
+    """What is said to the asks of one request, as it comes.
+
+    Use it with `async with`: what is left before all have ended is cancelled.
+    """
+
+    def __init__(self, count: int, cancel: Callable[["Answers"], None]) -> None:
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Told | BaseException]()
+        self._open, self._cancel = count, cancel
+
+    async def __aenter__(self) -> "Answers":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._open:
+            self._cancel(self)
+
+    async def __aiter__(self) -> AsyncIterator[Told]:
+        while self._open:
+            told = await self._queue.get()
+            if isinstance(told, BaseException):
+                raise told
+            self._open -= told.end is not None
+            yield told
+
+    def tell(self, told: Told | BaseException) -> None:
+        """Called by the service's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, told)
+        except RuntimeError:  # the loop is closed, so nobody listens
+            self._cancel(self)

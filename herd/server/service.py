@@ -1,0 +1,231 @@
+"""The one thread that runs the model, and what the server asks of it.
+
+An engine belongs to one thread. Requests come from asyncio and wait in turn by client; the thread takes them as there
+are rows and memory for them, and steps each engine that has something to do: one for requests without a context, one
+for each set of contexts.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from herd.api import Context, Model
+from herd.checkpoint.room import available_memory
+from herd.context.cache import ContextCache
+from herd.engine import Finish, check_prompt
+from herd.errors import PromptError
+from herd.model import Memory
+from herd.model.cache import bytes_needed
+from herd.server.asks import Answers, Ask, Busy, TooLong
+from herd.server.fair import FairQueue
+from herd.server.metrics import Metrics
+from herd.server.running import ROOM, Job, Running
+
+T = TypeVar("T")
+_Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
+IDLE = 8  # engines of contexts that are kept with nothing to do
+
+
+class Service:
+    """Runs a model for many clients at a time. Each gets the tokens it would get alone."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int = 32,
+        memory: int | None = None,
+        queue: int = 256,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """At most `rows` answers at a time, with `memory` bytes of keys and values (None: half of what is free), and
+        `queue` more that wait."""
+        self.model, self.rows, self.queue = model, rows, queue
+        self.memory = available_memory() // 2 if memory is None else memory
+        self.metrics = Metrics() if metrics is None else metrics
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._engines: dict[_Engine, Running] = {((), 0): self._engine(None)}
+        self._orders: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+        self._open = True
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._thread = threading.Thread(target=self._work, name="service", daemon=True)
+        self._thread.start()
+
+    async def submit(self, *asks: Ask) -> Answers:
+        """Queue the asks of one request. PromptError for one that can never run, such as TooLong; Busy if too many
+        wait."""
+        memories = [await asyncio.to_thread(self._memory, ask) if ask.contexts else None for ask in asks]
+        answers = Answers(len(asks), self._cancel)
+        jobs = [
+            Job(ask, answers, index, memory, self._check(ask, 0 if memory is None else memory.start_position))
+            for index, (ask, memory) in enumerate(zip(asks, memories, strict=True))
+        ]
+        with self._changed:
+            if not self._open:
+                raise Busy("the server is being stopped; ask again when it is back")
+            if len(self._waiting) + len(asks) > self.queue:
+                raise Busy(f"{len(self._waiting):,} requests wait, and {self.queue:,} may; ask again later")
+            for job in jobs:
+                self._waiting.push(job.ask.client, job)
+            self._changed.notify()
+        return answers
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run something on the model's thread, between two steps."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(set: Callable[[], None]) -> None:
+            loop.call_soon_threadsafe(lambda: None if done.cancelled() else set())
+
+        def order() -> None:
+            if done.cancelled():
+                return
+            try:
+                settle(partial(done.set_result, work()))
+            except Exception as error:
+                settle(partial(done.set_exception, error))
+
+        self._order(order)
+        return await done
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Run what reads into a context beside the answers, one at a time; where experts are read from disk as they are
+        wanted, it has the model to itself."""
+        packed = self.model.transformer.packed
+        if packed is not None and packed.source is not None:
+            return await self.call(work)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work)
+
+    def close(self) -> None:
+        """Stop the thread. What waits or runs ends with Busy."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._thread.join()
+        self._reader.shutdown(cancel_futures=True)
+        for job in [*self._waiting, *(job for running in self._engines.values() for job in running.jobs.values())]:
+            job.answers.tell(Busy("the server is being stopped; ask again when it is back"))
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests."""
+        return self._open and self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Answers that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being given."""
+        return sum(len(running.jobs) for running in tuple(self._engines.values()))
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of keys and values that are set aside, besides those of contexts."""
+        return sum(running.engine.memory_used for running in tuple(self._engines.values()))
+
+    def _engine(self, memory: Memory | None) -> Running:
+        return Running(self.model, memory, self.rows, self._ended)
+
+    def _memory(self, ask: Ask) -> ContextCache:
+        first, *also = ask.contexts
+        return first.memory(also, len(ask.ids) + ask.max_tokens)
+
+    def _check(self, ask: Ask, start: int) -> int:
+        """Room for jobs that go on from this one: none if there is no memory for it, or ids do not say what was seen.
+
+        PromptError if an ask can never run.
+        """
+        cfg = self.model.config
+        check_prompt(cfg, ask.ids)
+        asked, allowed = len(ask.ids) + ask.max_tokens, cfg.max_position_embeddings - start
+        if ask.max_tokens < 1:
+            raise PromptError(f"max_tokens is {ask.max_tokens}; an answer has at least one token")
+        if asked > allowed:
+            raise TooLong(
+                f"This model's maximum context length is {allowed:,} tokens. However, you requested {asked:,} tokens "
+                f"({len(ask.ids):,} in the messages, {ask.max_tokens:,} in the completion). "
+                "Please reduce the length of the messages or completion."
+            )
+        needed, with_room = (bytes_needed(cfg, n, self.model.transformer.memory_dtype) for n in (asked, asked + ROOM))
+        if needed > self.memory:
+            raise TooLong(
+                f"{asked:,} tokens ({len(ask.ids):,} in the prompt, {ask.max_tokens:,} in the answer) need {needed:,} "
+                f"bytes for keys and values; this server has {self.memory:,}: shorten them, or give it more memory"
+            )
+        return 0 if ask.images or ask.question is not None or with_room > self.memory else ROOM
+
+    def _cancel(self, answers: Answers) -> None:
+        def order() -> None:
+            with self._changed:
+                for job in [job for job in self._waiting if job.answers is answers]:
+                    self._waiting.remove(job)
+            for running in self._engines.values():
+                for job in [job for job in running.jobs.values() if job.answers is answers]:
+                    running.cancel(job)
+
+        self._order(order)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._changed:
+            self._orders.append(order)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._open or self._orders or self._waiting or self.running)
+                orders, self._orders = self._orders, []
+                if not self._open:
+                    return
+            for order in orders:
+                order()
+            self._admit()
+            for running in self._engines.values():
+                running.step()
+
+    def _admit(self) -> None:
+        while self.running < self.rows:
+            with self._changed:
+                if not self._waiting:
+                    return
+                job = self._waiting.first()
+            running = self._running(job)
+            needed = running.bytes_needed(job)
+            while self.memory_used + needed > self.memory and self._forget():
+                needed = running.bytes_needed(job)
+            if self.memory_used + needed > self.memory:
+                return
+            with self._changed:
+                self._waiting.pop()
+            try:
+                running.start(job)
+            except Exception as error:
+                job.answers.tell(error)
+
+    def _running(self, job: Job) -> Running:
+        """The engine of a job. Of engines of contexts with nothing to do, those that were used last are kept."""
+        start = 0 if job.memory is None else job.memory.start_position
+        key = (job.ask.contexts, start)
+        self._engines[key] = running = self._engines.pop(key, None) or self._engine(job.memory)
+        idle = [key for key, its in self._engines.items() if key[0] and not its.jobs and its is not running]
+        for key in idle[: max(0, len(idle) - IDLE)]:
+            del self._engines[key]
+        return running
+
+    def _forget(self) -> bool:
+        """Give up a conversation that is kept, if there is one."""
+        return any(running.forget() for running in self._engines.values())
+
+    def _ended(self, job: Job, finish: Finish | None) -> None:
+        now = time.perf_counter()
+        self.metrics.ended(len(job.ask.ids), job.cached, job.generated, finish)
+        self.metrics.took(None if job.first is None else job.first - job.came, now - job.came)
