@@ -8,17 +8,18 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from herd.checkpoint.gguf_header import check_header
+from herd.checkpoint.gguf_header import Header, TensorInfo
 from herd.errors import CheckpointError
 
 _PLAIN = {
-    gguf.GGMLQuantizationType.F32: torch.float32,
-    gguf.GGMLQuantizationType.F16: torch.float16,
-    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_PART_VALUES = 1 << 22  # values that are dequantised at a time
+_PART_VALUES = 1 << 22  # that are dequantised at a time
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -29,91 +30,78 @@ class GgufFile:
         """CheckpointError if the file, or another part of it, is missing or damaged."""
         self.path = path
         self.parts = _parts(path)
-        readers = [_reader(part) for part in self.parts]
-        self._fields = readers[0].fields
-        self.tensors: dict[str, gguf.ReaderTensor] = {}
-        for part, reader in zip(self.parts, readers, strict=True):
-            for tensor in reader.tensors:
-                if tensor.name in self.tensors:
-                    raise CheckpointError(f"{part} has the tensor {tensor.name} a second time")
-                self.tensors[tensor.name] = tensor
-        count = self.get("split.count", 1)
-        if count != len(self.parts):
-            raise CheckpointError(
-                f"{path} is one of {count} parts; give the first, named like NAME-00001-of-{count:05}.gguf"
-            )
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A value of the metadata."""
-        field = self._fields.get(name)
-        try:
-            return default if field is None else field.contents()
-        except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{self.path}: cannot read {name}: {error}") from error
+        headers = [Header(part) for part in self.parts]
+        self.get = headers[0].get
+        self.tensors: dict[str, tuple[Header, TensorInfo]] = {}
+        for header in headers:
+            for name, info in header.tensors.items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{header.path} has the tensor {name} a second time")
+                self.tensors[name] = (header, info)
+        if (count := self.whole("split.count", 1)) != len(self.parts):
+            first = f"NAME-00001-of-{count:05}.gguf"
+            raise CheckpointError(f"{path} is one of {count} parts; give the first, named like {first}")
 
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number of the metadata. CheckpointError if it is another thing, or missing and has no default."""
-        value = self.get(name, default)
+        value: Any = self.get(name, default)
         if not isinstance(value, int):
             raise CheckpointError(f"{self.path} lacks the number {name}" if value is None else f"{name} is {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """The decimal number that was stored as float32: 1e-05, not 9.999999747378752e-06."""
-        value = self.get(name, default)
+        value: Any = self.get(name, default)
         if not isinstance(value, int | float):
             raise CheckpointError(f"{self.path} lacks the number {name}" if value is None else f"{name} is {value!r}")
         return float(str(np.float32(value)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """In torch's order. CheckpointError if there is no such tensor."""
-        return tuple(int(n) for n in reversed(self._tensor(name).shape))
+        return self._find(name)[1].shape
 
     def kind(self, name: str) -> str:
         """Its type as GGUF calls it: "Q4_0"."""
-        return str(self._tensor(name).tensor_type.name)
+        return str(self._find(name)[1].kind.name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type its values come in: as stored, and bfloat16 for those in 8 bits or less."""
-        return _PLAIN.get(self._tensor(name).tensor_type, torch.bfloat16)
+        return _PLAIN.get(self._find(name)[1].kind, torch.bfloat16)
 
     def nbytes(self, name: str) -> int:
-        return int(self._tensor(name).n_bytes)
+        return self._find(name)[1].nbytes
 
     def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor; memory-mapped if it is stored in this type. None: as stored, float32 if quantised.
 
         CheckpointError if its type is not known.
         """
-        tensor, shape = self._tensor(name), self.shape(name)
-        plain = _PLAIN.get(tensor.tensor_type)
+        header, info = self._find(name)
+        plain = _PLAIN.get(info.kind)
         if plain is not None:
-            stored = torch.frombuffer(_bytes(tensor).data, dtype=plain).view(shape)
-            return stored if dtype is None else stored.to(dtype)
-        return self.rows(name, 0, prod(shape[:-1]), dtype or torch.float32).view(shape)
+            stored = torch.frombuffer(header.data, dtype=plain, count=prod(info.shape), offset=info.offset)
+            return stored.view(info.shape) if dtype is None else stored.view(info.shape).to(dtype)
+        return self.rows(name, 0, prod(info.shape[:-1]), dtype or torch.float32).view(info.shape)
 
     def rows(self, name: str, first: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Some rows of a tensor of two or more dimensions. In parts, so that little more memory is needed."""
-        tensor, columns = self._tensor(name), self.shape(name)[-1]
-        stored = tensor.data.reshape(-1, tensor.data.shape[-1])[first : first + count]
+        """Some rows of a tensor, whose other dimensions count as one; in parts, so that little more memory is taken."""
+        header, info = self._find(name)
+        columns, row_bytes = info.shape[-1], info.nbytes // prod(info.shape[:-1])
+        stored = np.frombuffer(header.data, np.uint8, count * row_bytes, info.offset + first * row_bytes)
+        stored = stored.reshape(count, row_bytes)
         out, step = torch.empty(count, columns, dtype=dtype), max(1, _PART_VALUES // columns)
         try:
             for at in range(0, count, step):
-                values = gguf.quants.dequantize(stored[at : at + step], tensor.tensor_type)
-                out[at : at + step] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+                values = gguf.quants.dequantize(stored[at : at + step], info.kind)
+                out[at : at + step] = torch.from_numpy(np.array(values, dtype=np.float32))
         except (NotImplementedError, ValueError, RuntimeError, IndexError) as error:
-            kind = tensor.tensor_type.name
-            raise CheckpointError(f"{self.path}: cannot dequantise {name} ({kind}): {error!r}") from error
+            raise CheckpointError(f"{self.path}: cannot dequantise {name} ({info.kind.name}): {error!r}") from error
         return out
 
-    def _tensor(self, name: str) -> gguf.ReaderTensor:
+    def _find(self, name: str) -> tuple[Header, TensorInfo]:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")
         return self.tensors[name]
-
-
-def _bytes(tensor: gguf.ReaderTensor) -> np.ndarray[Any, Any]:
-    return np.asarray(tensor.data).reshape(-1).view(np.uint8)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -125,11 +113,3 @@ def _parts(path: Path) -> list[Path]:
     if lost := [part for part in parts if not part.is_file()]:
         raise CheckpointError(f"{path} is one of {count} parts, and {lost[0].name} is not beside it")
     return parts
-
-
-def _reader(path: Path) -> gguf.GGUFReader:
-    check_header(path)
-    try:
-        return gguf.GGUFReader(path, "c")  # tensors over a read-only mapping would make torch warn
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file: {error!r}") from error

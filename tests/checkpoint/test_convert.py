@@ -1,7 +1,9 @@
 """Conversions keep every value, say what they cannot keep, and go on where a killed one stopped."""
 
+import importlib.metadata
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +16,12 @@ from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4ForConditionalG
 from herd import checkpoint
 from herd.checkpoint import streaming
 from herd.checkpoint.convert import convert
+from herd.checkpoint.gguf_file import GgufFile
+from herd.checkpoint.gguf_tokenizer import tokenizer_files
+from herd.checkpoint.gguf_vocabulary import add_vocabulary
+from herd.config import SCOUT
 from herd.errors import CheckpointError
+from herd.prompt import Tokenizer
 from tests.checkpoint import tiny_llama4
 from tests.checkpoint.test_formats import assert_same, logits
 from tests.checkpoint.tiny_llama4 import IDS, tensors
@@ -250,3 +257,28 @@ def test_values_are_mapped_not_copied(plain, tmp_path):
         with checkpoint.open_weights(path) as weights:
             first, again = (weights.tensor("model.embed_tokens.weight") for _ in range(2))
             assert first.data_ptr() == again.data_ptr(), path
+
+
+def test_llama4_vocabulary(tmp_path):
+    """Meta's tokenizer.model survives as tokenizer.json and in a GGUF file that says how Llama 4's splits text."""
+    source = importlib.metadata.distribution("llama_models").locate_file("llama_models/llama4/tokenizer.model")
+    shutil.copy(str(source), tmp_path / "tokenizer.model")
+    original = Tokenizer.load(tmp_path)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama4")
+    add_vocabulary(writer, tmp_path, {"tokenizer.json": original.to_json()}, SCOUT)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "m.gguf")
+    assert file.get("tokenizer.ggml.pre") == "llama4"
+    ends = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eom", "eot")]
+    assert tuple(ends) == SCOUT.eos_token_id
+    (tmp_path / "back").mkdir()
+    for name, data in tokenizer_files(file).items():
+        (tmp_path / "back" / name).write_bytes(data)
+    back = Tokenizer.load(tmp_path / "back")
+    for text in ("Hello, world!", "don't  12345 =\n\n\t日本語のテスト a/b\r\n//x ünï 🦙🦙", "<|eot|> é́ \u2028"):
+        assert back.encode(text) == original.encode(text)
+    assert back.special_tokens == original.special_tokens
+    assert back.eos_ids == original.eos_ids
