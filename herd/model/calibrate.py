@@ -24,6 +24,7 @@ from herd.model.transformer import Block, Transformer
 DAMPING = 0.01  # of the mean second moment, added to each: inputs are a little alike in all directions
 _SHARES = [1 - i / 40 for i in range(21)]  # of the scale that cuts nothing off
 _ENOUGH = 4  # tokens for each input
+_OUTPUTS = 2048  # that are rounded together: their groups stay in the cache
 _ROWS = 4096  # that moments are added up of at a time
 
 
@@ -69,10 +70,11 @@ def calibrate_block(block: Block, x_BTD: Tensor, weights: Weights) -> Tensor:
 def calibrate_layers(parent: nn.Module, names: tuple[str, ...], x: Tensor, form: Format) -> None:
     """Put calibrated layers in the places of linear ones that share their inputs x [..., K]."""
     if form.whole:
-        H_KK = moments(x.flatten(0, -2))
-        for name in names:
-            weight = cast(nn.Linear, getattr(parent, name)).weight.detach()
-            setattr(parent, name, QuantizedLinear(place(with_feedback(weight, H_KK, form))))
+        weights = [cast(nn.Linear, getattr(parent, name)).weight.detach() for name in names]
+        together = with_feedback(torch.cat(weights), moments(x.flatten(0, -2)), form)
+        codes, scales = (part.split([len(w) for w in weights]) for part in (together.q_NK, together.scale_Ng))
+        for name, q_NK, scale_Ng in zip(names, codes, scales, strict=True):
+            setattr(parent, name, QuantizedLinear(place(PlainWeight(q_NK, scale_Ng, form.bits))))
 
 
 def _calibrated_experts(moe: MoE, x_MD: Tensor, form: Format) -> QuantizedExperts:
@@ -109,24 +111,28 @@ def moments(x_MK: Tensor) -> Tensor:
 
 def with_feedback(w_NK: Tensor, H_KK: Tensor, form: Format) -> PlainWeight:
     """Codes of a weight whose products with inputs of such moments are near those of the weight."""
-    K = len(H_KK)
-    group = fitting_group(K, form.group)
-    low, high = (-127, 127) if form.bits == 8 else (-8, 7)
-    left_KN = w_NK.float().T.contiguous()  # what is still to be rounded
-    U_KK = _errors_spread(H_KK)
-    q_KN = torch.empty_like(left_KN)
-    scale_gN = left_KN.new_empty(K // group, len(w_NK))
+    U_KK, group = _errors_spread(H_KK), fitting_group(len(H_KK), form.group)
+    parts = [_rounded(rows.float().T.contiguous(), U_KK, form.bits, group) for rows in w_NK.split(_OUTPUTS)]
+    codes, scales = zip(*parts, strict=True)
+    return PlainWeight(torch.cat(codes), torch.cat(scales), form.bits)
+
+
+def _rounded(left_KN: Tensor, U_KK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scales [N, g] of some outputs; left_KN, what is still to be rounded, is used up."""
+    K, N = left_KN.shape
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    q_KN, scale_gN = torch.empty_like(left_KN), left_KN.new_empty(K // group, N)
     for g, first in enumerate(range(0, K, group)):
         end = first + group
         piece_kN, spread_kK = left_KN[first:end], U_KK[first:end]
-        scale_gN[g] = scale_N = best_scale(piece_kN, spread_kK[:, first:end].diagonal() ** -2, form.bits)
+        scale_gN[g] = scale_N = best_scale(piece_kN, spread_kK[:, first:end].diagonal() ** -2, bits)
         lost_kN = torch.empty_like(piece_kN)
         for k in range(group):
             q_KN[first + k] = code_N = (piece_kN[k] / scale_N).round_().clamp_(low, high)
             lost_kN[k] = (piece_kN[k] - code_N * scale_N) / spread_kK[k, first + k]
             piece_kN[k + 1 :].addr_(spread_kK[k, first + k + 1 : end], lost_kN[k], alpha=-1)
         left_KN[end:].addmm_(spread_kK[:, end:].T, lost_kN, alpha=-1)
-    return PlainWeight(q_KN.T.to(torch.int8).contiguous(), scale_gN.T.contiguous(), form.bits)
+    return q_KN.T.to(torch.int8).contiguous(), scale_gN.T.contiguous()
 
 
 def _errors_spread(H_KK: Tensor) -> Tensor:
