@@ -95,6 +95,19 @@ class Engine:
             )
         return row
 
+    def keep(self, ids: Sequence[int], row: KVRow) -> int:
+        """Go on as if a request had ended with these tokens, all but the last of which `row` remembers: the number by
+        which other requests go on from it."""
+        id, self._next_id = self._next_id, self._next_id + 1
+        draws = Draws(Sampler(), ids, self.transformer.config.vocab_size)
+        self._scheduler.kept[id] = Job(id, Request(ids, 1), row, draws, list(ids), seen=len(ids) - 1, kept=True)
+        return id
+
+    def release(self, id: int) -> KVRow | None:
+        """Hand over the memory of a request that has ended and left room; None if it was given back."""
+        job = self._scheduler.kept.pop(id, None)
+        return None if job is None else job.row
+
     def forget(self, id: int) -> None:
         """Give back the memory of a request that has ended and left room, unless it is given back already."""
         if id in self._scheduler.kept:

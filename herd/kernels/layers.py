@@ -193,6 +193,34 @@ def whole_panels(tokens: int) -> int:
     return -(-tokens // native.PANEL) * native.PANEL
 
 
+def read_memory(kept: Tensor, G: int, d: int, first: int, stop: int) -> Tensor:
+    """Copy of the keys and values [2, G, S, d] of tokens first..stop-1 in a layer's memory."""
+    at = first % native.PANEL
+    parts = [part.reshape(G, -1, d) for part in _panels_of(kept, G, d, first, stop)]
+    return torch.stack([part_GSd[:, at : at + stop - first] for part_GSd in parts])
+
+
+def write_memory(kept: Tensor, kv_2GSd: Tensor, first: int) -> None:
+    """Put keys and values, as `read_memory` gives them, at `first` and behind it."""
+    _, G, S, d = kv_2GSd.shape
+    at = first % native.PANEL
+    for part, new_GSd in zip(_panels_of(kept, G, d, first, first + S), kv_2GSd, strict=True):
+        whole_GSd = part.reshape(G, -1, d)  # a copy
+        whole_GSd[:, at : at + S] = new_GSd
+        part.copy_(whole_GSd.view(part.shape))
+
+
+def _panels_of(kept: Tensor, G: int, d: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Views of keys and of values in the whole panels that hold tokens first..stop-1: their dimensions are those of
+    [G, S, d], taken apart. How they lie in memory, own.h says."""
+    wide = native.PANEL
+    k, v = kept.view(G, 2, -1).unbind(1)
+    panels = slice(first // wide, -(-stop // wide))
+    k = k.view(G, -1, d // 2, wide, 2)[:, panels].permute(0, 1, 3, 2, 4)
+    pairs = v.view(G, d // wide, -1, wide // 2, wide, 2)[:, :, panels]  # [G, d / 32, panels, 16, 32, 2]
+    return k, pairs.permute(0, 2, 3, 5, 1, 4)
+
+
 def addresses(memories: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """What `Span.memory` points to; good while the memories live."""
     return (_P * len(memories))(*(m.data_ptr() for m in memories))

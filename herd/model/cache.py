@@ -152,6 +152,44 @@ class KVRow:
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
+    def take(self, first: int, stop: int) -> list[Tensor]:
+        """Copies of keys and values [2, G, S, d] of tokens first..stop-1 in each layer, where `stop` is the position
+        that comes next: of local layers those in its chunk only."""
+        places = [(layer, self._begin(layer, stop)) for layer in range(self.cfg.num_hidden_layers)]
+        return [self._copy(layer, max(first, begin) - begin, stop - begin) for layer, begin in places]
+
+    def give(self, parts: Sequence[Tensor], stop: int, *, packed: bool) -> None:
+        """Remember what `take` gave, behind what there is. packed: in memory of a packed model (`packed`)."""
+        self._start = 0
+        for layer, kv_2GSd in enumerate(parts):
+            at = stop - self._begin(layer, stop) - kv_2GSd.shape[2]
+            if packed:
+                if kv_2GSd.numel():
+                    layers.write_memory(self.packed(layer), kv_2GSd, at)
+                continue
+            if layer not in self._layers:
+                self._layers[layer] = _Layer(self.cfg, layer, self.tokens, kv_2GSd)
+            self._layers[layer].kv_2GSd[:, :, at : at + kv_2GSd.shape[2]] = kv_2GSd
+            self._layers[layer].held, self._layers[layer].end = at + kv_2GSd.shape[2], stop
+
+    def cut(self, stop: int) -> None:
+        """Forget the tokens from position `stop` on, which is in the chunk of the next one, or begins one."""
+        for layer, its in self._layers.items():
+            its.held, its.end = stop - self._begin(layer, stop), stop
+
+    def _begin(self, layer: int, position: int) -> int:
+        """Position of the first token that a layer holds where `position` comes next; rows begin at 0."""
+        assert not self._start, f"a sequence that begins at {self._start}"
+        chunk = self.cfg.attention_chunk_size
+        return position // chunk * chunk if chunk is not None and self.cfg.is_local(layer) else 0
+
+    def _copy(self, layer: int, first: int, stop: int) -> Tensor:
+        if first == stop:
+            return torch.empty(2, self.cfg.num_key_value_heads, 0, self.cfg.head_dim, dtype=self.dtype)
+        if layer in self._layers:
+            return self._layers[layer].kv_2GSd[:, :, first:stop].clone()
+        return layers.read_memory(self.packed(layer), self.cfg.num_key_value_heads, self.cfg.head_dim, first, stop)
+
     def close(self) -> None:
         """Give the memory back. What the sequence is asked about afterwards does not need it."""
         self._layers.clear()
