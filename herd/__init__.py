@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from herd.errors import CheckpointError, ConfigError, ContextError, HerdError, PromptError, SourceError
+from herd.errors import CheckpointError, ConfigError, ContextError, HerdError, LibraryError, PromptError, SourceError
 
 if TYPE_CHECKING:
     from herd.api import Answer, Citation, Context, Generated, Model, ReadReport, Sampler, load
@@ -18,6 +18,7 @@ __all__ = [
     "ContextError",
     "Generated",
     "HerdError",
+    "LibraryError",
     "Model",
     "PromptError",
     "ReadReport",

@@ -5,6 +5,7 @@ HerdError
 ├── CheckpointError  weights that are missing, extra, misshapen or unreadable
 ├── SourceError      a path the user named that cannot be read at all
 ├── ContextError     a context folder that is damaged, locked, full or made by another model
+├── LibraryError     a library of chats that is damaged, served by another process, or has not what is asked for
 └── PromptError      a question or conversation that cannot be put to this model
 """
 
@@ -27,6 +28,10 @@ class SourceError(HerdError):
 
 class ContextError(HerdError):
     """A context folder that is damaged, locked, full or made by another model."""
+
+
+class LibraryError(HerdError):
+    """A library of chats that is damaged, served by another process, or has not what is asked for."""
 
 
 class PromptError(HerdError):
