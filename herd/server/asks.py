@@ -13,7 +13,11 @@ from herd.errors import HerdError, PromptError
 
 
 class Busy(HerdError):
-    """As many requests wait as may."""
+    """As many requests wait as may, or the server is stopping."""
+
+    def __init__(self, message: str, *, stopping: bool = False) -> None:
+        super().__init__(message)
+        self.stopping = stopping
 
 
 class TooLong(PromptError):

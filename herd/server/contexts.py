@@ -77,6 +77,11 @@ class Contexts:
             return Info(id, entry.name, created, reading=reading, error=str(error))
         return Info(id, entry.name, created, context.tokens, len(context.sources), reading)
 
+    @property
+    def reading(self) -> dict[str, Progress]:
+        """How far reads are that go on, by context."""
+        return dict(self._reading)
+
     def now(self, id: str) -> Context:
         """What it holds now; what is read later changes nothing of that."""
         folder = self._library.context_folder(id)

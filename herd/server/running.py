@@ -112,6 +112,18 @@ class Running:
         self.engine.forget(id)
         return True
 
+    def release(self, scope: str) -> tuple[list[int], KVRow] | None:
+        """Hand over the newest conversation of a scope: its tokens, and memory of all but the last."""
+        for id in reversed([id for id, (its, _, _) in self._kept.items() if its == scope]):
+            _, ids, _ = self._kept.pop(id)
+            if (row := self.engine.release(id)) is not None:
+                return ids, row
+        return None
+
+    def keep(self, scope: str, ids: list[int], row: KVRow) -> None:
+        """Let a conversation of a scope be gone on from, as `release` gives it."""
+        self._kept[self.engine.keep(ids, row)] = (scope, ids, row.tokens)
+
     def _submit(self, job: Job, request: Request) -> None:
         id = self.engine.submit(request)
         self.jobs[id] = job

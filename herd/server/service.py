@@ -18,7 +18,7 @@ from herd.checkpoint.room import available_memory
 from herd.context.cache import ContextCache
 from herd.engine import Finish, check_prompt
 from herd.errors import PromptError
-from herd.model import Memory
+from herd.model import KVRow, Memory
 from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, Busy, TooLong
 from herd.server.fair import FairQueue
@@ -27,6 +27,8 @@ from herd.server.running import ROOM, Job, Running
 
 T = TypeVar("T")
 _Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
+_PLAIN: _Engine = ((), 0)
+_STOPPING = "the server is being stopped; ask again when it is back"
 IDLE = 8  # engines of contexts that are kept with nothing to do
 
 
@@ -48,7 +50,7 @@ class Service:
         self.memory = available_memory() // 2 if memory is None else memory
         self.metrics = Metrics() if metrics is None else metrics
         self._waiting: FairQueue[Job] = FairQueue()
-        self._engines: dict[_Engine, Running] = {((), 0): self._engine(None)}
+        self._engines: dict[_Engine, Running] = {_PLAIN: self._engine(None)}
         self._orders: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._open = True
@@ -67,7 +69,7 @@ class Service:
         ]
         with self._changed:
             if not self._open:
-                raise Busy("the server is being stopped; ask again when it is back")
+                raise Busy(_STOPPING, stopping=True)
             if len(self._waiting) + len(asks) > self.queue:
                 raise Busy(f"{len(self._waiting):,} requests wait, and {self.queue:,} may; ask again later")
             for job in jobs:
@@ -94,6 +96,18 @@ class Service:
         self._order(order)
         return await done
 
+    def release(self, scope: str) -> tuple[list[int], KVRow] | None:
+        """See `Running.release`. For the model's thread (`call`)."""
+        return self._engines[_PLAIN].release(scope)
+
+    def keep(self, scope: str, ids: list[int], row: KVRow) -> bool:
+        """See `Running.keep`; False where there is no memory for it. For the model's thread (`call`)."""
+        while self.memory_used + row.nbytes > self.memory and self._forget():
+            pass
+        if fits := self.memory_used + row.nbytes <= self.memory:
+            self._engines[_PLAIN].keep(scope, ids, row)
+        return fits
+
     async def read(self, work: Callable[[], T]) -> T:
         """Run what reads into a context beside the answers, one at a time; where experts are read from disk as they are
         wanted, it has the model to itself."""
@@ -110,7 +124,7 @@ class Service:
         self._thread.join()
         self._reader.shutdown(cancel_futures=True)
         for job in [*self._waiting, *(job for running in self._engines.values() for job in running.jobs.values())]:
-            job.answers.tell(Busy("the server is being stopped; ask again when it is back"))
+            job.answers.tell(Busy(_STOPPING, stopping=True))
 
     @property
     def open(self) -> bool:

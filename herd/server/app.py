@@ -1,0 +1,74 @@
+"""The application: all routes behind the guard."""
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from herd import __version__
+from herd.server import chat, completions, contexts_api, errors, tokens
+from herd.server.contexts import Contexts
+from herd.server.library import Library
+from herd.server.security import Guard
+from herd.server.service import Service
+from herd.server.state import Server, Settings, server
+from herd.server.structured import Grammars
+
+_router = APIRouter()
+
+
+def create_app(service: Service, library: Library, settings: Settings) -> FastAPI:
+    """The application for one model and one data folder; its owner closes both."""
+    app = FastAPI(title="Herd", version=__version__, docs_url=None, redoc_url=None)
+    app.state.server = Server(settings, service, library, Contexts(library, service), Grammars(service.model.tokenizer))
+    errors.install(app)
+    for its in (_router, chat.router, completions.router, tokens.router, contexts_api.router):
+        app.include_router(its)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    return app
+
+
+@_router.get("/v1/models")
+def models(request: Request) -> dict[str, Any]:
+    """The model that this server runs."""
+    return {"object": "list", "data": [_model(server(request))]}
+
+
+@_router.get("/v1/models/{name:path}")
+def model(name: str, request: Request) -> dict[str, Any]:
+    """What is said of the model."""
+    server(request).check_model(name)
+    return _model(server(request))
+
+
+@_router.get("/health")
+def health(request: Request) -> JSONResponse:
+    """200 while requests are taken."""
+    takes = server(request).service.open
+    return JSONResponse({"status": "ok" if takes else "stopping"}, 200 if takes else 503)
+
+
+@_router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Counts in Prometheus' format."""
+    its = server(request)
+    service, counts = its.service, its.service.metrics
+    counts.waiting.set(service.waiting)
+    counts.running.set(service.running)
+    counts.kv_bytes.set(service.memory_used)
+    counts.kv_limit.set(service.memory)
+    counts.context_tokens.set(sum(info.tokens for info in its.contexts.all()))
+    return Response(counts.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _model(its: Server) -> dict[str, Any]:
+    cfg = its.model.config
+    return {
+        "id": its.settings.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "herd",
+        "max_model_len": cfg.max_position_embeddings,
+        "fingerprint": its.model.fingerprint,
+        "images": its.model.vision is not None,
+    }
