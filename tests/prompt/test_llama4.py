@@ -74,25 +74,26 @@ def test_decoding_equals_meta(ids, data):
 def test_streams_never_split_a_character(text):
     stream = ours().stream()
     pieces = [stream.push(i) for i in ours().encode(text)]
-    assert "".join(pieces) == text
-    assert stream.finish() == ""
+    rest = stream.finish()
+    assert "".join([*pieces, rest]) == text
+    assert not rest or text.endswith("\ufffd"), "only what looks like half a character waits for the end"
 
 
-def test_every_token_and_every_character():
-    """Each token's own text, and each character of Unicode between letters, digits and blanks."""
+def test_tokens_and_characters():
+    """The texts of tokens, one by one, and each character of Unicode between letters, digits and blanks."""
     tokens = [data.decode(errors="replace") for data in theirs().model.token_byte_values()]
-    planes = [chr(i) for i in range(0x32000) if not 0xD800 <= i < 0xE000]
-    texts = [*tokens, *(form.format(char) for char in planes for form in ("{}", "a{}B 1{} {}"))]
+    chars = [f"{chr(i)}\na{chr(i)}B 1{chr(i)} {chr(i)}\n" for i in range(0x32000) if not 0xD800 <= i < 0xE000]
+    texts = [*tokens[::10], *("".join(chars[at : at + 256]) for at in range(0, len(chars), 256))]
     assert ours().encode_batch(texts) == theirs().model.encode_ordinary_batch(texts, num_threads=2)
 
 
 def test_a_corpus():
     """Whole sources of installed packages: some of each kind, and of packages that speak of languages, all."""
     site = Path(sysconfig.get_paths()["purelib"])
-    files = [sorted(site.rglob(kind))[::50] for kind in ("*.py", "*.md", "*.json", "*.h", "*.txt", "*.js")]
+    files = [sorted(site.rglob(kind))[::150] for kind in ("*.py", "*.md", "*.json", "*.h", "*.txt", "*.js")]
     files += [sorted((site / name).rglob("*.py")) for name in ("rich", "idna", "pip/_vendor/chardet", "sympy/printing")]
     texts = [path.read_text("utf-8", "replace") for path in chain(*files) if path.stat().st_size < 1_000_000]
-    assert sum(map(len, texts)) > 5_000_000
+    assert sum(map(len, texts)) > 2_000_000
     assert ours().encode_batch(texts) == [meta_ids(text) for text in texts]
 
 
@@ -134,7 +135,7 @@ def test_ids_equal_transformers(tmp_path):
     messages = [{"role": "user", "content": "Hi <|eot|>"}]
     assert loaded.chat(messages) == ours().chat(messages)
 
-    @given(TEXTS)
+    @given(TEXTS.map(lambda text: text.replace("<|eot|>", "")))  # which transformers takes for the token
     def same(text):
         assert loaded.encode(text) == ours().encode(text) == converted().encode(text, add_special_tokens=False).ids
 
