@@ -77,11 +77,12 @@ def test_what_is_in_host_memory_comes_over_the_link() -> None:
 
 def test_herds_engine_reads_into_a_context_up_to_the_last_global_layer() -> None:
     one_global = replace(SCOUT, num_hidden_layers=7, interleave_moe_layer_step=1)
-    setup = replace(scout("int8", "int8", machine("cpu")).setup, cfg=one_global)
+    cpu = machine("cpu")
+    setup = replace(scout("int8", "int8", cpu).setup, cfg=one_global)
     flops = flops_of_reading(one_global, M)
     whole = flops.total - flops.attention - flops.router
-    expected = whole / 1330e9 + (flops.attention + flops.router) / 650e9
-    assert prefill(Plan(setup)).compute == pytest.approx(expected / 0.65)
+    expected = whole / cpu.int8 + (flops.attention + flops.router) / cpu.bf16
+    assert prefill(Plan(setup)).compute == pytest.approx(expected / cpu.compute_share)
 
 
 def test_a_published_run_took_about_what_is_expected() -> None:
