@@ -1,4 +1,4 @@
-"""Formats of weights, chosen for each part of a model by name: `int4`, `int8:128`, `experts=int4,attention=int8`."""
+"""Formats of weights, chosen for each part of a model by name: `int4`, `int8:128`, `experts=int4,head=int8`."""
 
 import re
 from dataclasses import dataclass, fields
@@ -47,7 +47,8 @@ BF16, FP8 = Format("bf16"), Format("fp8")
 
 @dataclass(frozen=True)
 class Weights:
-    """Formats of routed experts, of shared experts and dense feed-forward blocks, of attention, and of the head.
+    """Formats of routed experts, of shared experts and dense feed-forward blocks, of attention in local and in global
+    layers, and of the head.
 
     Embeddings, routers and norms stay as they are.
     """
@@ -55,11 +56,15 @@ class Weights:
     experts: Format = BF16
     shared: Format = BF16
     attention: Format = BF16
+    global_attention: Format = BF16
     head: Format = BF16
 
     @classmethod
     def all(cls, form: Format) -> "Weights":
-        return cls(form, form, form, form)
+        return cls(form, form, form, form, form)
+
+    def attention_of(self, local: bool) -> Format:
+        return self.attention if local else self.global_attention
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -72,12 +77,14 @@ class Weights:
         return self.head if len(set(self.formats.values())) == 1 else None
 
     def __str__(self) -> str:
-        named = (f"{part}={form}" for part, form in self.formats.items() if form != BF16)
+        usual = dict.fromkeys(self.formats, BF16) | {"global_attention": self.attention}
+        named = (f"{part}={form}" for part, form in self.formats.items() if form != usual[part])
         return str(self.uniform or ",".join(named))
 
 
 def parse(text: str) -> Weights:
-    """What a name stands for; parts that it does not name are bf16. ConfigError if it is none."""
+    """What a name stands for. Parts that it does not name are bf16, and attention of global layers is as that of local
+    ones. ConfigError if it is no name."""
     if "=" not in text:
         return Weights.all(_format(text))
     parts: dict[str, Format] = {}
@@ -89,7 +96,7 @@ def parse(text: str) -> Weights:
         if part in parts:
             raise ConfigError(f"weights {text!r} name {part} twice; name each part once")
         parts[part] = _format(form)
-    return Weights(**parts)
+    return Weights(**{"global_attention": parts.get("attention", BF16), **parts})
 
 
 def _format(text: str) -> Format:

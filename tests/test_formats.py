@@ -12,7 +12,7 @@ forms = st.one_of(
 )
 
 
-@given(st.builds(Weights, forms, forms, forms, forms))
+@given(st.builds(Weights, forms, forms, forms, forms, forms))
 def test_names_say_all(weights: Weights) -> None:
     assert parse(str(weights)) == weights
 
@@ -25,6 +25,8 @@ def test_names_say_all(weights: Weights) -> None:
         ("fp8", Weights.all(FP8)),
         ("bf16", Weights()),
         ("experts=int4", Weights(experts=Format("int4", 64))),
+        ("attention=fp8", Weights(attention=FP8, global_attention=FP8)),
+        ("attention=fp8,global_attention=bf16", Weights(attention=FP8)),
         ("head=int8:32,shared=fp8", Weights(shared=FP8, head=Format("int8", 32))),
     ],
 )
@@ -40,7 +42,7 @@ def test_what_is_not_named_is_bf16(text: str, weights: Weights) -> None:
         ("int4:", "cannot be 'int4:'"),
         ("bf16:8", "cannot be 'bf16:8'"),
         ("int4:4", "groups of 4 inputs; use 8 or more"),
-        ("router=int4", "no part 'router' .*; its parts: experts, shared, attention, head"),
+        ("router=int4", "no part 'router' .*; its parts: experts, shared, attention, global_attention, head"),
         ("experts=int4,experts=int8", "name experts twice"),
         ("experts=", "cannot be ''"),
         ("int4,head=int8", "no part 'int4'"),

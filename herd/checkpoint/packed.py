@@ -27,8 +27,8 @@ from herd.checkpoint.shapes import VISION_PREFIXES, vision_shapes
 from herd.checkpoint.weights import Weights
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError, ConfigError
+from herd.formats import Format, parse
 from herd.formats import Weights as Formats
-from herd.formats import parse
 from herd.kernels import native
 from herd.kernels.layers import PAGE, Layer, Mlp, MlpForm, WeightForm
 from herd.kernels.native import PackedWeight
@@ -124,11 +124,11 @@ def write_packed(contents: Contents, out: Path, *, progress: OnProgress | None =
 
 @dataclass(frozen=True)
 class _Forms:
-    """Form of every weight of a model."""
+    """Form of every weight of a model. Attention: qkv and output of local layers, and of global ones."""
 
     head: WeightForm
-    qkv: WeightForm
-    out: WeightForm
+    local: tuple[WeightForm, WeightForm]
+    looking: tuple[WeightForm, WeightForm]
     dense: MlpForm
     shared: MlpForm
     expert: MlpForm
@@ -136,14 +136,22 @@ class _Forms:
     @classmethod
     def of(cls, cfg: TextConfig, formats: Formats) -> "_Forms":
         D, H, G, d = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+
+        def attention(form: Format) -> tuple[WeightForm, WeightForm]:
+            return WeightForm.of((H + 2 * G) * d, D, *form.packed), WeightForm.of(D, H * d, *form.packed)
+
         return cls(
             head=WeightForm.of(cfg.vocab_size, D, *formats.head.packed),
-            qkv=WeightForm.of((H + 2 * G) * d, D, *formats.attention.packed),
-            out=WeightForm.of(D, H * d, *formats.attention.packed),
+            local=attention(formats.attention),
+            looking=attention(formats.global_attention),
             dense=MlpForm.of(D, cfg.intermediate_size_mlp, *formats.shared.packed),
             shared=MlpForm.of(D, cfg.intermediate_size, *formats.shared.packed),
             expert=MlpForm.of(D, cfg.intermediate_size, *formats.experts.packed),
         )
+
+    def attention(self, cfg: TextConfig, at: int) -> tuple[WeightForm, WeightForm]:
+        """Of queries, keys and values, and of the output."""
+        return self.local if cfg.is_local(at) else self.looking
 
     def mlp(self, cfg: TextConfig, at: int) -> MlpForm:
         """Of the block that all tokens of a layer pass through."""
@@ -292,8 +300,8 @@ def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
         _HEAD: ("U8", (forms.head.nbytes,)),
     }
     for at in range(cfg.num_hidden_layers):
-        names, mlp = _names(cfg, at), forms.mlp(cfg, at)
-        packed = {"qkv": forms.qkv, "out": forms.out, "gate_up": mlp.gate_up, "down": mlp.down}
+        names, (qkv, out), mlp = _names(cfg, at), forms.attention(cfg, at), forms.mlp(cfg, at)
+        packed = {"qkv": qkv, "out": out, "gate_up": mlp.gate_up, "down": mlp.down}
         shapes |= {names[key]: ("U8", (form.nbytes,)) for key, form in packed.items()}
         shapes |= {names[key]: ("F32", (D,)) for key in ("attention_norm", "mlp_norm")}
         if cfg.is_moe(at):
@@ -344,7 +352,7 @@ def _layer(
     read: Callable[[str], Tensor], cfg: TextConfig, forms: _Forms, at: int, *, with_experts: bool = True
 ) -> Layer:
     """Without experts, it has their shapes."""
-    names, mlp, experts = _names(cfg, at), forms.mlp(cfg, at), tuple[Mlp, ...]()
+    (qkv, out), names, mlp, experts = forms.attention(cfg, at), _names(cfg, at), forms.mlp(cfg, at), tuple[Mlp, ...]()
     if cfg.is_moe(at):
         absent = torch.empty(forms.expert.nbytes, dtype=torch.uint8, device="meta")
         bytes_ = (read(_expert(at, e)) if with_experts else absent for e in range(cfg.num_local_experts))
@@ -352,8 +360,8 @@ def _layer(
     return Layer(
         attention_norm_D=read(names["attention_norm"]),
         mlp_norm_D=read(names["mlp_norm"]),
-        qkv=forms.qkv.placed(read(names["qkv"])),
-        out=forms.out.placed(read(names["out"])),
+        qkv=qkv.placed(read(names["qkv"])),
+        out=out.placed(read(names["out"])),
         shared=Mlp(mlp.gate_up.placed(read(names["gate_up"])), mlp.down.placed(read(names["down"]))),
         experts=experts,
         router_ED=read(names["router"]) if cfg.is_moe(at) else None,

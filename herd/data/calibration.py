@@ -14,7 +14,7 @@ from herd.data.pool import PoolRecipe, build
 from herd.errors import SourceError
 from herd.prompt import Tokenizer
 
-ROWS, TOKENS = 48, 1024
+ROWS, TOKENS = 16, 1024
 _ASKED = 256  # tokens of questions and answers behind the text of a row
 # What evaluations read, and packages that are no part of Python.
 _HOLD_OUT = ("http", "asyncio", "email", "test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-packages")

@@ -51,11 +51,11 @@ def calibrate(
 def calibrate_block(block: Block, x_BTD: Tensor, weights: Weights) -> Tensor:
     """Calibrate one layer in place; what it then makes of the states below it."""
     positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
-    attn, ff = block.self_attn, block.feed_forward
+    attn, ff, form = block.self_attn, block.feed_forward, weights.attention_of(block.self_attn.local)
     normed_BTD = block.input_layernorm(x_BTD)
-    calibrate_layers(attn, ("q_proj", "k_proj", "v_proj"), normed_BTD, weights.attention)
+    calibrate_layers(attn, ("q_proj", "k_proj", "v_proj"), normed_BTD, form)
     attended = attn.attended(normed_BTD, positions_BT, None)
-    calibrate_layers(attn, ("o_proj",), attended, weights.attention)
+    calibrate_layers(attn, ("o_proj",), attended, form)
     x_BTD = x_BTD + attn.o_proj(attended)
     normed_BTD = block.post_attention_layernorm(x_BTD)
     shared = ff.shared_expert if isinstance(ff, MoE) else ff

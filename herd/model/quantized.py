@@ -65,7 +65,7 @@ def quantize(transformer: Transformer, weights: Weights) -> None:
     for block in transformer.blocks:
         attn, ff = block.self_attn, block.feed_forward
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(attn, name, _rounded(getattr(attn, name), weights.attention))
+            setattr(attn, name, _rounded(getattr(attn, name), weights.attention_of(attn.local)))
         shared = ff.shared_expert if isinstance(ff, MoE) else ff
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(shared, name, _rounded(getattr(shared, name), weights.shared))
@@ -116,8 +116,8 @@ def pack_block(block: Block, weights: Weights) -> Layer:
     return Layer(
         attention_norm_D=block.input_layernorm.weight.detach().float(),
         mlp_norm_D=block.post_attention_layernorm.weight.detach().float(),
-        qkv=pack_rows(qkv, weights.attention),
-        out=pack_rows(_rows(attn.o_proj), weights.attention),
+        qkv=pack_rows(qkv, weights.attention_of(attn.local)),
+        out=pack_rows(_rows(attn.o_proj), weights.attention_of(attn.local)),
         shared=_mlp(_rows(shared.gate_proj), _rows(shared.up_proj), _rows(shared.down_proj), weights.shared),
         experts=() if moe is None else tuple(_experts(moe.experts, weights.experts)),
         router_ED=None if moe is None else moe.router.weight.detach().float().contiguous(),
@@ -184,5 +184,7 @@ def _sizes(transformer: Transformer, weights: Weights) -> Iterator[tuple[str, Fo
             for weight in (layer.gate_up_proj, layer.down_proj):
                 yield name, weights.experts, weight.shape[2], weight.shape[1]
         elif isinstance(layer, nn.Linear) and not name.endswith(".router"):
-            part = "head" if name == "lm_head" else "attention" if ".self_attn." in name else "shared"
-            yield name, weights.formats[part], layer.out_features, layer.in_features
+            form = weights.head if name == "lm_head" else weights.shared
+            if ".self_attn." in name:
+                form = weights.attention_of(transformer.config.is_local(int(name.split(".")[2])))
+            yield name, form, layer.out_features, layer.in_features
