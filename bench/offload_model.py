@@ -18,9 +18,11 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType
 
-from bench.checkpoints import SMALL, add_info, add_settings, add_vocabulary, write_byte_tokenizer
-from herd.checkpoint.files import read_json
+from bench.checkpoints import SMALL, write_byte_tokenizer
+from herd.checkpoint.files import companions
+from herd.checkpoint.gguf_vocabulary import add_vocabulary
 from herd.checkpoint.packed import Contents, write_packed
+from herd.checkpoint.write_gguf import add_info, add_settings
 from herd.config import TextConfig
 from herd.formats import parse
 from herd.kernels.layers import Layer, Mlp
@@ -93,7 +95,7 @@ class Gguf:
         self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
         self._writer = gguf.GGUFWriter(self._partial, "llama4")
         add_settings(self._writer, cfg)
-        add_vocabulary(self._writer, read_json(tokenizer / "tokenizer.json"), cfg.vocab_size)
+        add_vocabulary(self._writer, tokenizer, companions(tokenizer), cfg)
         for name, shape, kind in _tensors(cfg):
             add_info(self._writer, f"{name}.weight", shape, kind)
         self._names = [name for name, _, _ in _tensors(cfg)]

@@ -56,6 +56,13 @@ class LlamaCpp:
                 found.append(float(x[ids[i + 1]] - np.logaddexp.reduce(x.astype(np.float64))))
         return {"logprobs": found}
 
+    def greedy(self, ids: list[int], new: int) -> dict[str, Any]:
+        c.llama_memory_clear(c.llama_get_memory(self.context), True)
+        made = [self._prefill(ids, 0)]
+        while len(made) < new:
+            made.append(int(self._decode([(made[-1], len(ids) + len(made) - 1, 0, True)])[0].argmax()))
+        return {"ids": made}
+
     def _prefill(self, ids: list[int], row: int) -> int:
         out: list[np.ndarray] = []
         for first in range(0, len(ids), BATCH):

@@ -82,7 +82,7 @@ def write_gguf(
     kind = gguf.GGMLQuantizationType[kind_name]
     scratch = job.result / "header"
     text = _Writer(scratch, ARCHITECTURE, weights, kind)
-    _add_settings(text.writer, weights.text)
+    add_settings(text.writer, weights.text)
     add_vocabulary(text.writer, weights.path, files, weights.text)
     layouts = [text.layout(names[-1], [name for name in weights.names if not name.startswith(VISION_PREFIXES)])]
     if weights.vision is not None:
@@ -108,8 +108,7 @@ class _Writer:
         if scaling is not None and self.writer.arch == ARCHITECTURE:
             planned.append(_Planned(ROPE_FACTORS, tuple(scaling.shape), Kind.F32, ROPE_FACTORS))
         for one in planned:
-            shape = gguf.quant_shape_to_byte_shape(one.shape, one.kind)
-            self.writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), one.size, raw_dtype=one.kind)
+            add_info(self.writer, one.name, one.shape, one.kind)
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
@@ -199,7 +198,14 @@ def check_supported(path: Path, cfg: TextConfig) -> None:
         raise CheckpointError(f"{path} cannot be a GGUF file: llama.cpp's llama4 always has {'; '.join(lost)}")
 
 
-def _add_settings(writer: gguf.GGUFWriter, cfg: TextConfig) -> None:
+def add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: Kind) -> None:
+    """Announce a tensor. They are all announced before the first is written."""
+    packed = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, packed, np.dtype(np.uint8), int(prod(packed)), raw_dtype=kind)
+
+
+def add_settings(writer: gguf.GGUFWriter, cfg: TextConfig) -> None:
+    """The configuration, as far as llama.cpp has keys for it."""
     writer.add_block_count(cfg.num_hidden_layers)
     writer.add_context_length(cfg.max_position_embeddings)
     writer.add_embedding_length(cfg.hidden_size)
