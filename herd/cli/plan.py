@@ -44,11 +44,13 @@ def command(
     flops: Annotated[str, typer.Option(help="FLOP/s in bf16 and all other formats, like 989T.")] = "",
     host_memory: Annotated[str, typer.Option(help="Bytes of a host, of all its devices together.")] = "",
     link: Annotated[str, typer.Option(help="Bytes/s between host and a device.")] = "",
+    interconnect: Annotated[str, typer.Option(help="Bytes/s that a device sends to others.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Say what a model takes on a machine: bytes by part, what fits where, how long it takes, what to change."""
     cfg, vision = _model(model)
     stated = {"memory": memory, "bandwidth": bandwidth, "flops": flops, "host_memory": host_memory, "link": link}
+    stated["interconnect"] = interconnect
     if count < 1:
         raise ConfigError(f"--count is {count}; a model needs at least 1 device")
     tokens = parse_number(context, "--context", binary=True) if context else cfg.max_position_embeddings
@@ -104,7 +106,7 @@ def _machine(name: str, stated: dict[str, str]) -> Machine:
         return replace(known, title=f"{known.title} with other numbers" if numbers else known.title, **numbers)
     if missing := [f"--{k}" for k in ("memory", "bandwidth", "flops") if k not in stated]:
         raise ConfigError(f"a machine is missing; give --gpu ({', '.join(machines())}), or also {', '.join(missing)}")
-    return Machine("stated", "stated machine", **{"interconnect": 0, **numbers})
+    return Machine("stated", "stated machine", devices=8 if "interconnect" in numbers else 1, **numbers)
 
 
 def _place(text: str, option: str) -> Place:

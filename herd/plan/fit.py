@@ -21,7 +21,7 @@ class Setup:
     """A question to the planner. kv_in: where keys and values of global layers are; experts_in: routed experts.
 
     count: devices, which share all that can be divided (tensor parallelism). prompt_tokens: of a prompt in one forward
-    pass, None: the usual number.
+    pass, None: the usual number. ConfigError if the machine has not what this asks for.
     """
 
     model: str
@@ -35,6 +35,14 @@ class Setup:
     prompt_tokens: int | None = None
     kv_in: Place = "device"
     experts_in: Place = "device"
+
+    def __post_init__(self) -> None:
+        m = self.machine
+        if self.count > 1 and not m.interconnect:
+            raise ConfigError(f"{m.name} has no connection to others; plan 1 of it, or say how fast it is")
+        for place in {self.kv_in, self.experts_in} - {"device"}:
+            if not (m.host_memory and m.link if place == "host" else m.disk and m.disk_bandwidth):
+                raise ConfigError(f"{m.name} has no {place}, or its speed is not known; leave all on the device")
 
     @property
     def step(self) -> int:
@@ -163,8 +171,6 @@ def _herd(s: Setup) -> list[Item]:
 
 def herd_process(s: Setup) -> Process:
     """The process of Herd's own engine. ConfigError if it does not run such a setup."""
-    if s.count > 1 or s.experts_in == "host":
-        raise ConfigError(f"Herd's engine is planned on one {s.machine.name}, with experts in memory or on disk")
     if s.kv.name == "fp8" or s.kv_in != "device":
         raise ConfigError("Herd's engine has keys and values in memory as bf16, or in a context as int8 or int4")
     if s.weights.released:

@@ -46,6 +46,8 @@ def test_a_machine_can_be_stated(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "plan", "scout", "--context", "128K", *numbers, "--weights", "int4", "--json")
     assert found["fits"] and found["machine"]["memory"] == 96e9 and found["machine"]["reserved"] == 0
     assert found["prefill"]["compute"] == pytest.approx(flops_of_prompt(SCOUT, 131_072).total / 500e12)
+    four = run_json(capsys, "plan", "scout", *numbers, "--interconnect", "50G", "--count", "4", "--json")
+    assert four["decode"]["waiting"] > 0
     half = run_json(capsys, "plan", "scout", *H100, "--memory", "40G", "--json")
     assert half["places"]["device"]["room"] == 40e9 and half["machine"]["bandwidth"] == 3.35e12
 
@@ -70,6 +72,8 @@ def test_herds_own_engine_is_planned_on_a_cpu(capsys: pytest.CaptureFixture[str]
         (("scout", *H100, "--context", "11M"), "11,534,336 tokens; scout has 10,485,760 positions"),
         (("scout", *H100, "--context", "many"), "--context is 'many'"),
         (("scout", *H100, "--count", "0"), "--count is 0"),
+        (("scout", "--gpu", "mac-m4-max", "--count", "2"), "mac-m4-max has no connection to others"),
+        (("scout", "--gpu", "mac-m4-max", "--kv-in", "host"), "mac-m4-max has no host"),
         (("scout", *H100, "--kv-in", "cloud"), "--kv-in is 'cloud'; it can be device, host, disk"),
         (("scout", *H100, "--prefill-chunk", "-1"), "--prefill-chunk is '-1'"),
     ],

@@ -136,8 +136,8 @@ def test_herds_engine_runs_more_than_memory_holds_with_experts_on_disk() -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"count": 2}, "on one cpu"),
-        ({"experts_in": "host"}, "in memory or on disk"),
+        ({"count": 2}, "cpu has no connection"),
+        ({"experts_in": "host"}, "cpu has no host"),
         ({"kv": "fp8"}, "as int8 or int4"),
         ({"kv": "bf16", "kv_in": "disk"}, "as int8 or int4"),
         ({"weights": "int4_mixed"}, "experts=int4:128,shared=int4:128"),
