@@ -19,8 +19,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        metavar="NAME|DIR",
-        help="cria, or a folder in Hugging Face's Llama 4 layout; after it, @int8, @int4 or @bf16 for its weights.",
+        metavar="NAME|PATH",
+        help="cria, a folder of Hugging Face's or Meta's, or a GGUF file; after it, @int8, @int4 or @bf16 for its weights.",
     ),
 ]
 FreeFlag = Annotated[
