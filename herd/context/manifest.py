@@ -226,6 +226,12 @@ def chunk(db: sqlite3.Connection, id: int) -> ChunkRow:
     return _rows(ChunkRow, db.execute(f"SELECT {_CHUNK} FROM chunk WHERE id = ?", (id,)))[0]
 
 
+def chunks_of(db: sqlite3.Connection, name: str) -> list[ChunkRow]:
+    """The chunks of a source in order; none if there is no such source."""
+    joined = "chunk JOIN source_chunk ON chunk.id = chunk JOIN source ON source.id = source"
+    return _rows(ChunkRow, db.execute(f"SELECT {_CHUNK} FROM {joined} WHERE name = ? ORDER BY ordinal", (name,)))
+
+
 def sources(db: sqlite3.Connection) -> list[SourceRow]:
     return _rows(SourceRow, db.execute("SELECT id, name, path, stat FROM source ORDER BY name"))
 

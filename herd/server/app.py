@@ -6,7 +6,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from herd import __version__
-from herd.server import chat, completions, contexts_api, errors, tokens
+from herd.server import chat, chats, completions, contexts_api, errors, pages, tokens
 from herd.server.contexts import Contexts
 from herd.server.library import Library
 from herd.server.security import Guard
@@ -19,10 +19,18 @@ _router = APIRouter()
 
 def create_app(service: Service, library: Library, settings: Settings) -> FastAPI:
     """The application for one model and one data folder; its owner closes both."""
-    app = FastAPI(title="Herd", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Herd", version=__version__, docs_url=None, redoc_url=None, lifespan=pages.lifespan)
     app.state.server = Server(settings, service, library, Contexts(library, service), Grammars(service.model.tokenizer))
     errors.install(app)
-    for its in (_router, chat.router, completions.router, tokens.router, contexts_api.router):
+    for its in (
+        _router,
+        chat.router,
+        completions.router,
+        tokens.router,
+        contexts_api.router,
+        chats.router,
+        pages.router,
+    ):
         app.include_router(its)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app

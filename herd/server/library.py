@@ -192,15 +192,14 @@ class Library:
             assert id is not None
             return self.message(id)
 
-    def add_turn(self, chat: str, content: str | None) -> Message:
-        """A question, unless it stands there already, and the empty answer that will be written to it: both or none.
-
-        The answer's message.
-        """
+    def add_turn(self, chat: str, content: str | None, cut: int | None = None) -> tuple[Message | None, Message]:
+        """A question (None: it stands there already) and the empty answer that will be written to it; cut: in place of
+        a message and all after it. All of that or nothing."""
         with self._writing():
-            if content is not None:
-                self.add_message(chat, "user", content)
-            return self.add_message(chat, "assistant", "", "writing")
+            if cut is not None:
+                self.cut(chat, cut)
+            question = None if content is None else self.add_message(chat, "user", content)
+            return question, self.add_message(chat, "assistant", "", "writing")
 
     def message(self, id: int) -> Message:
         """Unknown if it is not there."""

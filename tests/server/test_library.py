@@ -26,7 +26,7 @@ import sys
 from herd.server.library import Library
 library = Library(sys.argv[1], serve=True)
 chat = library.new_chat("killed")
-answer = library.add_turn(chat.id, "first")
+_, answer = library.add_turn(chat.id, "first")
 for number in range(1_000_000):
     message = library.add_message(chat.id, "user", f"said {number}")
     print(message.id, message.content, flush=True)
@@ -64,7 +64,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 def test_chats_and_messages(library: Library) -> None:
     chat = library.new_chat("one")
-    answer = library.add_turn(chat.id, "question")
+    _, answer = library.add_turn(chat.id, "question")
     assert [(m.role, m.content, m.state) for m in library.messages(chat.id)] == [
         ("user", "question", "done"),
         ("assistant", "", "writing"),

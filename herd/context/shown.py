@@ -1,0 +1,32 @@
+"""The lines of a source as the model read them: they stand in the context itself, whatever became of the file."""
+
+import re
+from typing import Protocol
+
+from herd.context import manifest
+from herd.context.store import Store, unpack_ids
+from herd.errors import ContextError
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def lines(store: Store, name: str, first: int, stop: int, tokenizer: Decoder) -> tuple[list[str], int]:
+    """Lines first..stop-1 of a source, counted from 1, as far as it has them, and the number of its last line.
+
+    ContextError if there is no such source.
+    """
+    with manifest.connect(store.folder) as db, manifest.snapshot(db):
+        chunks = manifest.chunks_of(db, name)
+    if not chunks:
+        raise ContextError(f"{store.folder} has no source {name[:200]!r}; it may have been taken out")
+    near = [chunk for chunk in chunks if chunk.last_line >= first and chunk.first_line < stop]
+    texts = [tokenizer.decode(unpack_ids(chunk.ids, chunk.tokens)).partition("\n")[2] for chunk in near]
+    found = _LINE_END.split("".join(texts))
+    before = first - near[0].first_line if near else 0
+    wanted = found[max(before, 0) : max(before, 0) + stop - first]
+    last = chunks[-1].last_line
+    return wanted[: last - first + 1], last
