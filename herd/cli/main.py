@@ -10,13 +10,13 @@ import typer
 from typer.exceptions import TyperException
 
 from herd import __version__
-from herd.cli import ask, chat, context, convert, evaluate, info, plan, read, train, upcycle
+from herd.cli import ask, chat, context, convert, evaluate, info, plan, read, serve, train, upcycle
 from herd.cli.output import Interrupted, fail, note
 from herd.errors import HerdError
 
 INTERRUPTED = 130
 app = typer.Typer(name="herd", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for verb in (ask, read, chat, convert, upcycle, train, evaluate, info, plan):
+for verb in (ask, read, chat, serve, convert, upcycle, train, evaluate, info, plan):
     app.command(verb.NAME, epilog=verb.EXAMPLES)(verb.command)
 app.add_typer(context.app, name="context")
 

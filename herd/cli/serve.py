@@ -1,0 +1,146 @@
+"""`herd serve`: an HTTP server for one model."""
+
+import ipaddress
+import signal
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import herd
+from herd.cli.output import examples, note
+from herd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+NAME = "serve"
+EXAMPLES = examples(
+    "herd serve",
+    "herd serve ./scout@int4 --data /srv/herd --memory 8G",
+    "herd serve --host 0.0.0.0 --api-key-file key.txt",
+)
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client", "llguidance")
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="[NAME|DIR]", help="cria, or a folder; see --model of the other verbs.")
+    ] = "cria",
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="HERD_API_KEY", help="A key that clients must have; may be repeated."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with a key on each line.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Chats, contexts and settings. Default: in the cache folder.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: as it is named here.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="For keys and values, such as 4G. Default: half of what is free."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Answers that are given at a time.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Answers that wait; more are refused with 429.")] = 256,
+    max_upload: Annotated[str, typer.Option(metavar="BYTES", help="Of the files of one request.")] = "4G",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name of this server, where it is not its address.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Listen beyond this machine without a key.")] = False,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may still take when it is stopped.")] = 60,
+) -> None:
+    """Serve a model: OpenAI's API, contexts, and the page, until Ctrl-C or SIGTERM.
+
+    By default only programs of this machine reach it. Answers that are being given when it is stopped are finished.
+    """
+    if lacking := [module for module in _NEEDED if find_spec(module) is None]:
+        raise ConfigError(f"herd serve needs {lacking[0]}: pip install 'herd-llm[serve]'")
+    keys = _keys(api_key or [], api_key_file)
+    local = _is_local(host)
+    if not local and not keys and not force:
+        raise ConfigError(f"anyone who reaches {host} could use this server; give it an --api-key, or --force it")
+    from herd.checkpoint.room import parse_bytes
+    from herd.server.app import create_app
+    from herd.server.library import Library
+    from herd.server.service import Service
+    from herd.server.state import Settings
+
+    room = None if memory is None else parse_bytes(memory)
+    upload, folder = parse_bytes(max_upload), data or _home()
+    loaded = herd.load(model)
+    hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
+    settings = Settings(name or _name(model), keys, hosts, max_upload=upload)
+    library = Library(folder, serve=True)
+    service = Service(loaded, rows=rows, memory=room, queue=queue)
+    try:
+        _run(create_app(service, library, settings), host, port, drain)
+    finally:
+        service.close()
+        library.close()
+
+
+_ANY = ("0.0.0.0", "::", "")
+
+
+def _run(app: "FastAPI", host: str, port: int, drain: int) -> None:
+    """Serve until a signal."""
+    import uvicorn
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        http="h11",  # strict about what a request is
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=drain,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    note(f"serving at http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)")
+    # uvicorn sends itself the signal again that it ended by, and this end is a good one.
+    for its in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(its, signal.SIG_IGN)
+    with listening:
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    try:
+        lines = [] if file is None else file.read_text("utf-8").split()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the keys in {file} cannot be read: {error}") from error
+    keys = (*given, *lines)
+    if (file is not None and not lines) or not all(key.strip() and key.isascii() and key.isprintable() for key in keys):
+        raise ConfigError("a key is at least one printable ASCII character; a file of keys has one")
+    return keys
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _home() -> Path:
+    from herd.checkpoint.cria.base import home
+
+    return home() / "server"
+
+
+def _name(model: str) -> str:
+    """What clients call it: the last part of a folder's path."""
+    return Path(model).name or model

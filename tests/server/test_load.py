@@ -1,0 +1,154 @@
+"""Many clients: a bounded queue, turns, clients that leave, and a server that stops."""
+
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import herd
+from herd.server.fair import FairQueue
+from tests.server.served import Served, serving, user
+
+LONG = {"messages": [user("Go on for ever.")], "max_tokens": 20_000, "logit_bias": {"258": -100}, "stream": True}
+
+
+def idle(served: Served) -> None:
+    """Waits until nothing runs; fails if it never does."""
+    for _ in range(2000):
+        if not served.service.running and not served.service.waiting:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{served.service.running} still run")
+
+
+def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path, rows=1, queue=2) as served, ThreadPoolExecutor(3) as pool:
+        left = threading.Event()
+
+        def hold() -> None:
+            with served.http.stream("POST", "/v1/chat/completions", json=LONG) as reply:
+                assert reply.status_code == 200
+                left.wait()
+
+        holding = [pool.submit(hold) for _ in range(3)]
+        while served.service.waiting < 2:
+            time.sleep(0.005)
+        reply = served.http.post("/v1/chat/completions", json={"messages": [user("me, too")]})
+        assert reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
+        assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+        left.set()
+        for each in holding:
+            each.result()
+        idle(served)
+        served.alive()
+
+
+def test_all_choices_wait_or_none(model: herd.Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path, rows=1, queue=3) as served:
+        assert served.ask(messages=[user("x")], n=4, max_tokens=2, status=429)["error"]["message"]
+        assert len(served.ask(messages=[user("x")], n=3, max_tokens=2)["choices"]) == 3
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30))
+def test_clients_take_turns(clients: list[str]) -> None:
+    queue: FairQueue[tuple[str, int]] = FairQueue()
+    for number, client in enumerate(clients):
+        queue.push(client, (client, number))
+    got = [queue.pop() for _ in clients]
+    for client in set(clients):
+        mine = [item for item in got if item[0] == client]
+        assert [number for _, number in mine] == sorted(number for _, number in mine)
+        # While one waits, each other client is served at most once between two of its turns.
+        places = [at for at, item in enumerate(got) if item[0] == client]
+        between = [got[a + 1 : b] for a, b in pairwise(places)]
+        assert all(len(others) == len({name for name, _ in others}) for others in between)
+    assert len(queue) == 0
+
+
+def test_who_leaves_frees_the_memory(served: Served) -> None:
+    idle(served)
+    before = served.service.memory_used
+    for whole in (False, True):
+        body = {**LONG, "stream": not whole, "messages": [user(f"Go on, {whole}")]}
+        with socket.create_connection(("127.0.0.1", served.port)) as raw:
+            raw.sendall(httpx_bytes(body))
+            while not served.service.running:
+                time.sleep(0.001)
+        idle(served)
+    assert served.service.memory_used <= before
+    served.alive()
+
+
+def test_cancelling_again_and_again_grows_nothing(served: Served) -> None:
+    def leave(times: int) -> None:
+        for _ in range(times):
+            with socket.create_connection(("127.0.0.1", served.port)) as raw:
+                raw.sendall(httpx_bytes(LONG))
+                raw.recv(100)
+        idle(served)
+
+    leave(20)
+    before, threads = peak(), threading.active_count()
+    leave(100)
+    assert peak() - before < 8 << 10
+    assert threading.active_count() <= threads
+    served.alive()
+
+
+def peak() -> int:
+    """The most KiB that this process ever had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def httpx_bytes(body: dict[str, object]) -> bytes:
+    request = httpx.Request("POST", "http://localhost/v1/chat/completions", json=body)
+    lines = [b"POST /v1/chat/completions HTTP/1.1", *(b"%b: %b" % pair for pair in request.headers.raw)]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + request.read()
+
+
+@pytest.fixture
+def command(tiny_model: Path, tmp_path: Path) -> list[str]:
+    return [sys.executable, "-m", "herd", "serve", str(tiny_model), "--port", "0", "--data", str(tmp_path / "data")]
+
+
+def test_a_server_that_is_stopped_finishes_what_it_says(command: list[str]) -> None:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if "http://" in line)
+        url = "http://" + line.split("http://")[1].split()[0]
+        body = {"messages": [user("Go on.")], "max_tokens": 300, "logit_bias": {"258": -100}, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        assert server.wait(20) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--host", "192.0.2.1"], "--api-key"),
+        (["--port", "99999"], "port"),
+        (["--rows", "0"], "rows"),
+        (["--memory", "much"], "memory"),
+    ],
+)
+def test_what_cannot_be_served(command: list[str], options: list[str], said: str) -> None:
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
