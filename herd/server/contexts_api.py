@@ -10,12 +10,11 @@ from fastapi.responses import PlainTextResponse
 
 from herd.api import ReadReport
 from herd.server.contexts import Info
-from herd.server.errors import ApiError, told
+from herd.server.errors import told
 from herd.server.schemas import ContextRequest
 from herd.server.state import Server, server
 
 router = APIRouter(prefix="/v1/contexts")
-MAX_FILES = 20_000  # of a request
 _Kept: TypeAlias = "tempfile.TemporaryDirectory[str]"
 _reads = set[asyncio.Task[None]]()  # that nobody waits for
 
@@ -61,10 +60,8 @@ async def add(
     files: Annotated[list[UploadFile], File(description="Files; a file's name may be its path in a folder.")],
     wait: Annotated[bool, Query(description="Answer when all is read, not when all is there.")] = True,
 ) -> dict[str, Any]:
-    """Add files and read them. What cannot be read is listed with its reason."""
+    """Add up to 1,000 files and read them. What cannot be read is listed with its reason."""
     its = server(request)
-    if len(files) > MAX_FILES:
-        raise ApiError(413, f"{len(files):,} files are given; a request may have {MAX_FILES:,}", param="files")
     await asyncio.to_thread(its.contexts.show, id)
     kept = tempfile.TemporaryDirectory(prefix="herd-")
     named = await asyncio.to_thread(_keep, files, Path(kept.name))

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 import herd
 from herd.server.app import create_app
@@ -27,6 +28,7 @@ class Served:
     url: str
     port: int
     model: herd.Model
+    app: FastAPI
     service: Service
     http: httpx.Client
 
@@ -81,7 +83,7 @@ def serving(model: herd.Model, data: Path, *, keys: tuple[str, ...] = (), **limi
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         try:
             with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
-                yield Served(url, port, model, service, http)
+                yield Served(url, port, model, app, service, http)
         finally:
             server.should_exit = True
             thread.join()
