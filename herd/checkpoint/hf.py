@@ -99,6 +99,8 @@ def _stored(files: WeightFiles) -> dict[str, Stored]:
         if match := _EXPERT.fullmatch(name):
             parts = experts.setdefault(match[1], {"gate": {}, "up": {}, "down": {}})
             parts[match[3]][int(match[2])] = name
+        elif _plain(name) in stored:
+            raise CheckpointError(f"{files.folder} has {_plain(name)} with and without the prefix {_TEXT_PREFIX}")
         else:
             stored[_plain(name)] = _single(files, name)
     for prefix, parts in experts.items():

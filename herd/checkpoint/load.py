@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from herd.checkpoint.files import read_json
 from herd.checkpoint.hf import open_hf, read_hf_config
 from herd.checkpoint.meta import is_meta, open_meta
 from herd.checkpoint.shapes import text_shapes, vision_shapes
@@ -96,6 +97,8 @@ def _open(path: Path) -> Weights:
             f"{path} is not a folder or a GGUF file; expected a folder with config.json and safetensors files, or with "
             "params.json and consolidated.*.pth, or a GGUF file"
         )
+    if (path / "config.json").exists() and "packed" in read_json(path / "config.json"):
+        raise CheckpointError(f"{path} is packed for Herd's kernels; use the checkpoint that it was made of")
     return open_meta(path) if is_meta(path) else open_hf(path)
 
 

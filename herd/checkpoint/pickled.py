@@ -9,7 +9,7 @@ import torch
 
 from herd.errors import CheckpointError
 
-_LONGEST = 64 << 20  # bytes of the pickle; a real one has some hundred kilobytes
+_LONGEST = 16 << 20  # bytes of the pickle; a real one has some hundred kilobytes
 # What a dictionary of tensors needs; the last three are how Meta's files keep the state of other engines.
 _ALLOWED = {
     ("collections", "OrderedDict"),

@@ -20,7 +20,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="NAME|PATH",
-        help="cria, a folder of Hugging Face's or Meta's, or a GGUF file; after it, @int8, @int4 or @bf16 for its weights.",
+        help="cria, a folder of Hugging Face's or Meta's, or a GGUF file; after it, @int8, @int4 or @bf16 for weights.",
     ),
 ]
 FreeFlag = Annotated[

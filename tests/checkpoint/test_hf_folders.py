@@ -223,6 +223,13 @@ def test_lying_index(tmp_path, change, message):
         checkpoint.load(tmp_path)
 
 
+def test_a_tensor_under_two_names(tmp_path):
+    their_model().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda w: w.update({f"language_model.{ROUTER}": w[ROUTER].clone()}))
+    with pytest.raises(CheckpointError, match=f"has {ROUTER} with and without the prefix"):
+        checkpoint.load(tmp_path)
+
+
 def test_not_finite(tmp_path):
     their_model().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda w: w[ROUTER].fill_(torch.inf))

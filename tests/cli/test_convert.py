@@ -47,6 +47,8 @@ def test_convert_to_a_packed_folder(capsys: pytest.CaptureFixture[str], plain: P
     assert made["bytes"]["vision"] == original["bytes"]["vision"]
     assert 0 < made["bytes"]["dense"] < original["bytes"]["dense"]
     assert herd.load(tmp_path / "int4").logits([1, 2, 3]).isfinite().all()
+    error = fails(capsys, "convert", tmp_path / "int4", tmp_path / "out", "--format", "hf", "--dtype", "bf16")
+    assert "packed for Herd's kernels; use the checkpoint that it was made of" in error
 
 
 def test_models_of_each_format_are_used_alike(plain: Path, tmp_path: Path) -> None:
