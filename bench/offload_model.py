@@ -145,7 +145,7 @@ def write(cfg: TextConfig, folder: Path, gguf_path: Path) -> None:
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
         layers = (_layer(cfg, rng, at, file) for at in range(cfg.num_hidden_layers))
         formats, norm_D = parse(f"int4:{GROUP}"), torch.from_numpy(norm)
-        write_packed(Contents(cfg, formats, embedding, norm_D, head.packed(), layers, files), folder, progress=_say)
+        write_packed(Contents(cfg, formats, embedding, norm_D, head.packed, layers, files), folder, progress=_say)
         file.finish()
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from herd.checkpoint.files import SHARD_BYTES
 from herd.checkpoint.load import open_weights
-from herd.checkpoint.packed import save_packed
+from herd.checkpoint.packing import save_packed
 from herd.checkpoint.streaming import Progress, job
 from herd.checkpoint.weights import Weights
 from herd.checkpoint.write_hf import write_hf
@@ -28,6 +29,7 @@ def convert(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     tokenizer: Callable[[], bytes] | None = None,
+    calibration: Tensor | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a checkpoint in another format or type.
@@ -35,7 +37,8 @@ def convert(
     format: "hf", a Hugging Face folder; "gguf", a GGUF file, whose image encoder goes into `mmproj-NAME` beside it; or
     "herd", a packed folder. dtype: of the weights; None: as they are, if they are bf16, fp16 or fp32. Hugging Face's
     can also be "fp8" (routed experts, by Meta's recipe), GGUF's "int8" and "int4" (Q8_0 and Q4_0); those of packed
-    folders are named as in `herd.formats`. tokenizer: gives a tokenizer.json where the source has none.
+    folders are named as in `herd.formats`. tokenizer: gives a tokenizer.json where the source has none. calibration: of
+    packed folders, see `save_packed`.
     progress: called with how much is done, and of how much: bytes, or files of a packed folder.
     What a killed run has finished is not made again, but for packed folders. CheckpointError if source or target do
     not allow what is asked for, or a tensor holds infinities or NaN.
@@ -47,8 +50,10 @@ def convert(
         if format == "herd":
             if dtype is None:
                 raise CheckpointError("a packed folder needs a type, such as int8, int4 or experts=int4,attention=int8")
-            save_packed(weights, out, parse(dtype), progress=progress)
+            save_packed(weights, out, parse(dtype), calibration=calibration, progress=progress)
             return
+        if calibration is not None:
+            raise CheckpointError(f"only packed folders can be calibrated, not {format}; leave the text out")
         name, allowed = dtype or _own_type(weights), (*_PLAIN, "fp8") if format == "hf" else (*_GGUF,)
         if name not in allowed:
             raise CheckpointError(f"{format} cannot hold {name}; it can be {', '.join(allowed)}")

@@ -10,7 +10,7 @@ Shape suffixes: as in herd/kernels/layers.py.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -24,7 +24,6 @@ from herd.checkpoint.files import INDEX, WeightFiles, new_folder, read_json, wri
 from herd.checkpoint.load import empty_transformer, empty_vision
 from herd.checkpoint.room import available_memory
 from herd.checkpoint.shapes import VISION_PREFIXES, vision_shapes
-from herd.checkpoint.weights import Weights
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Format, parse
@@ -35,12 +34,12 @@ from herd.kernels.native import PackedWeight
 from herd.model import Transformer
 from herd.model.offload import ExpertCache, Key, Place
 from herd.model.packed import Packed
-from herd.model.quantized import check, pack_block, pack_rows
 from herd.model.unpack import unpack
 from herd.model.vision import Vision
 
 _KEY, _VERSION = "packed", 1
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
+_BESIDE = 256 << 20  # bytes of libraries, which count as free when they are only cached, but are not
+EMBEDDING, NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
 _TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # type and shape of a tensor; an empty type is any
 OnProgress = Callable[[int, int], None]
@@ -53,7 +52,8 @@ def is_packed(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a packed folder is made of. formats: those that the weights have. norm_D: float32. layers: one at a time.
+    """What a packed folder is made of. formats: those that the weights have. norm_D: float32. layers: one at a time;
+    head: asked for behind them.
 
     images: encoder and projector by their names in Hugging Face folders, as they are. files: others by name, such as
     the tokenizer's.
@@ -63,43 +63,11 @@ class Contents:
     formats: Formats
     embedding_VD: Tensor
     norm_D: Tensor
-    head: PackedWeight
+    head: Callable[[], PackedWeight]
     layers: Iterable[Layer]
     files: Mapping[str, bytes]
     vision: VisionConfig | None = None
     images: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def save_packed(weights: Weights, out: Path, formats: Formats, *, progress: OnProgress | None = None) -> None:
-    """Write a checkpoint as a packed folder, one layer in memory at a time.
-
-    progress: called with the number of files that are written and of all of them. CheckpointError if `out` exists, or a
-    tensor holds what is no finite number; ConfigError if a part has sizes that its format cannot have, or if there is
-    no native library, which packs.
-    """
-    cfg, model = weights.text, empty_transformer(weights.text)
-    if native.load()[0] is None:
-        raise ConfigError(f"weights are packed by the native library, which is {native.load()[1]}")
-    check(model, formats)
-    head = pack_rows(weights.finite(_EMBEDDING if cfg.tie_word_embeddings else "lm_head.weight"), formats.head)
-    embedding, norm_D = weights.finite(_EMBEDDING), weights.finite(_NORM, torch.float32)
-    images = {name: weights.finite(name) for name in sorted(weights.names) if name.startswith(VISION_PREFIXES)}
-    layers, files = _packed_layers(weights, model, formats), weights.tokenizer()
-    contents = Contents(cfg, formats, embedding, norm_D, head, layers, files, weights.vision, images)
-    write_packed(contents, out, progress=progress)
-
-
-def _packed_layers(weights: Weights, model: Transformer, formats: Formats) -> Iterator[Layer]:
-    """The layers of a model without values, each filled, packed and given up."""
-    blocks = model.blocks
-    model.model.layers = nn.ModuleList()  # type: ignore[assignment]
-    for at in range(model.config.num_hidden_layers):
-        block = blocks.pop(0)
-        for name, _ in list(block.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            value = nn.Parameter(weights.finite(f"model.layers.{at}.{name}"), requires_grad=False)
-            setattr(block.get_submodule(parent), leaf, value)
-        yield pack_block(block, formats)
 
 
 def write_packed(contents: Contents, out: Path, *, progress: OnProgress | None = None) -> None:
@@ -109,9 +77,9 @@ def write_packed(contents: Contents, out: Path, *, progress: OnProgress | None =
     with new_folder(out) as folder:
         count = cfg.num_hidden_layers + 1 + (vision is not None)
         writer = _Writer(folder, count, progress or (lambda done, total: None))
-        writer.add({_HEAD: _bytes(contents.head), _EMBEDDING: contents.embedding_VD, _NORM: contents.norm_D})
         for at, layer in enumerate(contents.layers):
             writer.add(_tensors(cfg, forms, at, layer))
+        writer.add({_HEAD: _bytes(contents.head()), EMBEDDING: contents.embedding_VD, NORM: contents.norm_D})
         if vision is not None:
             writer.add(contents.images)
         writer.finish()
@@ -244,7 +212,7 @@ def load_packed(folder: Path, memory: int | None = None) -> Transformer:
 
     Weights are mapped into memory: a loaded model's files must not be changed in place. memory: bytes that weights may
     take; if they are more, experts are read as tokens want them (`herd.model.offload`). None: as much as this process
-    may still take, less an eighth for keys, values and activations. CheckpointError names the first tensor that is
+    may still take, less an eighth and 256 MiB for all else. CheckpointError names the first tensor that is
     missing, extra or misshapen, or says how much memory is needed at least; ConfigError if memory is given where the
     native library, which needs it, cannot run the model.
     """
@@ -253,8 +221,8 @@ def load_packed(folder: Path, memory: int | None = None) -> Transformer:
     with WeightFiles(folder) as files:
         shapes = _shapes(cfg, forms)
         _check(files, shapes, images=False)
-        model.model.embed_tokens.weight = nn.Parameter(files.tensor(_EMBEDDING), requires_grad=False)
-        model.model.norm.weight = nn.Parameter(files.tensor(_NORM), requires_grad=False)
+        model.model.embed_tokens.weight = nn.Parameter(files.tensor(EMBEDDING), requires_grad=False)
+        model.model.norm.weight = nn.Parameter(files.tensor(NORM), requires_grad=False)
         if not kernels.runs_layers(torch.empty(0), cfg.head_dim):
             if memory is not None:
                 why = f"here is {kernels.implementation()}, and heads have {cfg.head_dim} dimensions"
@@ -295,8 +263,8 @@ def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
     """Of every tensor."""
     D, E = cfg.hidden_size, cfg.num_local_experts
     shapes: Shapes = {
-        _EMBEDDING: ("", (cfg.vocab_size, D)),
-        _NORM: ("F32", (D,)),
+        EMBEDDING: ("", (cfg.vocab_size, D)),
+        NORM: ("F32", (D,)),
         _HEAD: ("U8", (forms.head.nbytes,)),
     }
     for at in range(cfg.num_hidden_layers):
@@ -331,8 +299,8 @@ def _slots(folder: Path, cfg: TextConfig, forms: _Forms, shapes: Shapes, memory:
     # Of the embedding few rows are ever read: it stays in its file.
     sizes = {name: prod(shape) * (1 if kind == "U8" else 4) for name, (kind, shape) in shapes.items()}
     experts = sum(cfg.num_local_experts for at in range(cfg.num_hidden_layers) if cfg.is_moe(at))
-    rest = sum(sizes.values()) - sizes[_EMBEDDING] - experts * forms.expert.nbytes
-    limit = available_memory() * 7 // 8 if memory is None else memory
+    rest = sum(sizes.values()) - sizes[EMBEDDING] - experts * forms.expert.nbytes
+    limit = max(0, available_memory() * 7 // 8 - _BESIDE) if memory is None else memory
     slots = (limit - rest) // forms.expert.nbytes
     if slots >= experts:
         return None

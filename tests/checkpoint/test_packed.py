@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from herd import checkpoint, kernels
+from herd.checkpoint.convert import convert
 from herd.checkpoint.files import INDEX
 from herd.checkpoint.packed import Contents, write_packed
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Weights, parse
 from herd.kernels.layers import PAGE
 from herd.model import Transformer
+from herd.model.calibrate import calibrate
 from herd.model.quantized import pack_halves, quantize
 from tests.checkpoint.tiny_packed import CONFIG, EXPERTS, pack_folder, plain_folder
 from tests.model.tiny_models import build, tiny, tokens
@@ -92,7 +94,9 @@ def test_weights_that_are_packed_already_are_written_as_they_are(plain: Path, tm
     assert model.packed is not None
     embedding, packed, out = model.model.embed_tokens.weight.detach(), model.packed, tmp_path / "out"
     files = {"tokenizer.json": b"{}"}
-    write_packed(Contents(CONFIG, parse("int8"), embedding, packed.norm_D, packed.head, packed.layers, files), out)
+    write_packed(
+        Contents(CONFIG, parse("int8"), embedding, packed.norm_D, lambda: packed.head, packed.layers, files), out
+    )
     assert torch.equal(checkpoint.load_packed(out)(tokens(1, 9)), model(tokens(1, 9)))
     assert (out / "tokenizer.json").read_bytes() == b"{}"
 
@@ -216,3 +220,20 @@ def test_files_that_end_early(packed: Path, size: int) -> None:
     os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match=path.name):
         checkpoint.load_packed(packed)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("formats", ["int4:24", "experts=int4,attention=int8,global_attention=bf16"])
+def test_a_folder_calibrated_layer_by_layer_is_the_calibrated_model(plain: Path, tmp_path: Path, formats: str) -> None:
+    expected, rows = checkpoint.load(plain), tokens(4, 40)
+    calibrate(expected, rows, parse(formats))
+    convert(plain, tmp_path / "out", format="herd", dtype=formats, calibration=rows)
+    found, ids = checkpoint.load_packed(tmp_path / "out"), tokens(2, 90)
+    assert torch.equal(found(ids), expected(ids))
+    assert not torch.equal(found(ids), in_memory(plain, formats)(ids))
+
+
+def test_only_packed_folders_are_calibrated(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="only packed folders can be calibrated, not hf; leave the text out"):
+        convert(plain, tmp_path / "out", format="hf", calibration=tokens(4, 40))
+    assert not (tmp_path / "out").exists()
