@@ -114,7 +114,9 @@ def _run(app: "FastAPI", host: str, port: int, drain: int) -> None:
     for its in (signal.SIGTERM, signal.SIGINT):
         signal.signal(its, signal.SIG_IGN)
     with listening:
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+        app.state.stopping = lambda: server.should_exit  # streams of the page end then; by themselves they never do
+        server.run(sockets=[listening])
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

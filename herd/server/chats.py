@@ -7,7 +7,7 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from pydantic import Field
 from starlette.background import BackgroundTask
 
 from herd import __version__
+from herd.errors import HerdError
 from herd.server import exports
 from herd.server.errors import ApiError
 from herd.server.readings import Readings
@@ -28,7 +29,7 @@ from herd.server.talks import Talks, talks
 MAX_TEXT = 8_000_000  # characters of a message
 PAGE = 100  # messages that are fetched at a time
 LINES = 2000  # of a source that are shown at a time
-_ALIVE_S = 15  # of silence after which a stream says that it lives
+_ALIVE_S, _LOOK_S = 15.0, 1.0  # of silence after which a stream says that it lives; between looks if it is to end
 
 router = APIRouter(prefix="/api", include_in_schema=False)
 Parts = Annotated[Server, Depends(server)]
@@ -107,28 +108,30 @@ async def state(its: Parts, read: Read) -> Json:
 
 
 @router.get("/events")
-async def events(said: Said) -> StreamingResponse:
+async def events(request: Request, said: Said) -> StreamingResponse:
     """What happens from now on, as server-sent events; the first one says that it is heard."""
-    return StreamingResponse(_stream(said), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    stopping = getattr(request.app.state, "stopping", lambda: False)
+    return StreamingResponse(
+        _stream(said, stopping), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
 
 
-async def _stream(said: Talks) -> AsyncIterator[str]:
-    # A comment now and then tells both sides that the other one is there.
+async def _stream(said: Talks, stopping: Callable[[], bool]) -> AsyncIterator[str]:
     yield 'data: {"type": "hello"}\n\n'
-    source = said.events()
-    waiting: asyncio.Future[Json] = asyncio.ensure_future(anext(source))
+    source, quiet = said.events(), 0.0
+    waiting = asyncio.ensure_future(anext(source, None))
     try:
-        while True:
-            done, _ = await asyncio.wait([waiting], timeout=_ALIVE_S)
-            if not done:
+        while not stopping():
+            done, _ = await asyncio.wait([waiting], timeout=_LOOK_S)
+            quiet = 0.0 if done else quiet + _LOOK_S
+            if quiet >= _ALIVE_S:  # a word now and then tells both sides that the other one is there
+                quiet = 0.0
                 yield ": alive\n\n"
-                continue
-            try:
-                event = waiting.result()
-            except StopAsyncIteration:
-                return
-            yield f"data: {json.dumps(event)}\n\n"
-            waiting = asyncio.ensure_future(anext(source))
+            if done:
+                if (event := waiting.result()) is None:
+                    return
+                yield f"data: {json.dumps(event)}\n\n"
+                waiting = asyncio.ensure_future(anext(source, None))
     finally:
         waiting.cancel()
 
@@ -291,6 +294,9 @@ async def export(its: Parts) -> FileResponse:
 @router.post("/import", status_code=201)
 async def import_(file: UploadFile, its: Parts, said: Said) -> Json:
     """Add what another server exported."""
-    rows = await asyncio.to_thread(exports.import_, its.library, file.file)
+    try:
+        rows = await asyncio.to_thread(exports.import_, its.library, file.file)
+    except HerdError as error:
+        raise ApiError(400, str(error), param="file") from error
     said.tell({"type": "all"})
     return {"chats": len(rows.chats), "contexts": len(rows.contexts), "messages": len(rows.messages)}

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from fastapi import Request
 
@@ -27,6 +27,7 @@ from herd.server.say import Spec, Voice, saying
 from herd.server.state import Client, Server
 
 SAVE_S = 1.0  # between two saves of an answer that is being written
+DRAIN_S = 10.0  # that answers may still take when the server is stopped
 MAX_TOKENS = 1024  # of an answer, unless the settings say otherwise
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _TITLE = 60  # characters
@@ -171,8 +172,10 @@ class Talks:
         self.tell({"type": "deleted", "chat": chat.id})
 
     async def close(self) -> None:
-        """Stop all answers; what was written of them is kept."""
+        """Wait for answers a little, and stop the others; what was written of them is kept."""
         tasks = [talk.task for talk in self._answers.values() if talk.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
         for task in tasks:
             task.cancel()
         if waiting := [*tasks, *self._saving.values()]:
@@ -239,7 +242,8 @@ class Talks:
     # The answer
 
     async def _answer(self, chat: Chat, talk: _Talk) -> None:
-        detail, state = dict(talk.message.detail), cast(State, "done")
+        detail = dict(talk.message.detail)
+        state: State = "done"
         try:
             assert talk.answers is not None
             async with talk.answers as answers:

@@ -9,7 +9,12 @@ export function el(tag, props = {}, ...children) {
     else if (name in node && name !== "list") node[name] = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  return fill(node, ...children);
+}
+
+// Puts children into a node, in place of those it had; what is null or false is left out.
+export function fill(node, ...children) {
+  node.replaceChildren(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
