@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from herd.errors import ConfigError
 from herd.formats import Format, Weights
 from herd.kernels import PlainWeight, linear, place, swiglu
 from herd.kernels.reference import fitting_group
@@ -36,7 +37,7 @@ def calibrate(
 
     Parts in bf16 and fp8 are as `quantize` leaves them. The result depends on nothing but the arguments. Beside the
     model there are one layer in float32, its moments, and the states of all texts in memory. progress: called with the
-    layers that are done, and of all. ConfigError as of `quantize`.
+    layers that are done, and of all. ConfigError as of `quantize`, or if states are no finite numbers.
     """
     check(transformer, weights)
     x_BTD, blocks = transformer.model.embed_tokens(ids_BT), transformer.blocks
@@ -137,9 +138,14 @@ def _rounded(left_KN: Tensor, U_KK: Tensor, bits: int, group: int) -> tuple[Tens
 
 def _errors_spread(H_KK: Tensor) -> Tensor:
     """Upper triangular [K, K]: row k tells where an error of input k goes, among the inputs behind it."""
-    damped_KK = H_KK + DAMPING * H_KK.diagonal().mean().clamp(min=1e-12) * torch.eye(len(H_KK), device=H_KK.device)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
-    return torch.linalg.cholesky(inverse_KK, upper=True)
+    mean, one_KK = H_KK.diagonal().mean().clamp(min=1e-12), torch.eye(len(H_KK), device=H_KK.device)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):  # more where float32 is too coarse for less
+        factor_KK, failed = torch.linalg.cholesky_ex(H_KK + damping * mean * one_KK)
+        if not failed:
+            spread_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_KK), upper=True)
+        if not failed:
+            return spread_KK
+    raise ConfigError("a layer's inputs are no finite numbers on this text, so that it cannot be calibrated")
 
 
 def best_scale(w_kN: Tensor, matters_k: Tensor, bits: int) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from herd import kernels
+from herd.errors import ConfigError
 from herd.formats import Format, parse
 from herd.kernels import reference
 from herd.kernels.reference import PlainWeight
@@ -51,6 +52,19 @@ def test_inputs_that_have_nothing_in_common_are_rounded_each_for_itself() -> Non
         found = with_feedback(w_NK, torch.eye(64) * 3.0, Format(kind, 32))
         nearest = (w_NK.unflatten(1, (2, 32)) / found.scale_Ng.unsqueeze(-1)).round().clamp(-high - (high == 7), high)
         assert torch.equal(found.q_NK, nearest.flatten(1).to(torch.int8))
+
+
+def test_inputs_that_are_all_but_the_same_or_none_at_all() -> None:
+    w_NK, form = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), Format("int4", 8)
+    for x_MK in (
+        torch.ones(9, 32) * 1e9,
+        torch.cat([torch.full((9, 1), 1e9), torch.full((9, 31), 1e-9)], 1),
+        torch.zeros(3, 32),
+    ):
+        found = with_feedback(w_NK, moments(x_MK), form)
+        assert (numbers(found) - w_NK).norm() < w_NK.norm()
+    with pytest.raises(ConfigError, match="no finite numbers on this text"):
+        with_feedback(w_NK, moments(torch.full((3, 32), torch.inf)), form)
 
 
 @fast
