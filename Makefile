@@ -52,6 +52,7 @@ eval-10M: $(DONE)/dev cria
 bench: cria
 	@mkdir -p bench/results
 	$(BIN)/python -m bench.side_by_side
+	$(BIN)/python -m bench.gguf --out bench/results/gguf.json
 	$(BIN)/python bench/scan.py --tokens 1000000 --reference > bench/results/scan-1M.json
 	$(BIN)/python bench/scan.py --tokens 10000000 > bench/results/scan-10M.json
 	$(BIN)/python tools/readme.py

@@ -3,9 +3,10 @@
     python -m bench.gguf [--build build/bench] [--new 64] [--out bench/results/gguf.json]
 
 Random weights in three shapes: with Scout's and with Maverick's number of experts, and a small one with RoPE scaling.
-Each is converted to every type, loaded by llama.cpp, and read back by Herd in float32. One prompt is longer than an
-attention chunk. In float32 both must agree; in other types llama.cpp rounds activations, too, and Herd does not, so it
-is counted how many tokens are the same until the first that is not.
+Each is converted to every type, loaded by llama.cpp, and read back by Herd in float32. In float32 both must agree, in
+the last shape also after a prompt that is longer than an attention chunk. In other types llama.cpp rounds activations,
+too, and Herd does not, so it is counted how many tokens are the same until the first that is not. llama.cpp attends
+without flash attention, which rounds keys and values to float16.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from herd.config import RopeScaling
 from herd.engine import Engine, Request, stream
 from herd.model import Transformer
 
-THREADS, LIMIT = 2, 600.0
+THREADS, LIMIT = 1, 1200.0
 SHORT, LONG = 96, 8260  # tokens of prompts
 TYPES = ("fp32", "bf16", "fp16", "int8", "int4")
 SHAPES = {
@@ -47,32 +48,37 @@ def main() -> None:
         python = python_of("llama.cpp", args.build / "venvs")
     except Refused as reason:
         sys.exit(f"llama.cpp cannot be installed: {reason}")
-    prompts = [random.Random(row).choices(range(64, TINY.vocab_size), k=SHORT) for row in range(6)]
-    prompts.append(random.Random(6).choices(range(64, TINY.vocab_size), k=LONG))
+    lengths = [SHORT] * 4
+    torch.set_num_threads(THREADS)
     found: dict[str, Any] = {}
     for shape, cfg in SHAPES.items():
         root = args.build / "models" / f"gguf-{shape}"
         shutil.rmtree(root, ignore_errors=True)
         folder = write_folder(cfg, root / "hf", dtype=torch.bfloat16)
         for kind in TYPES:
-            path = root / f"{kind}.gguf"
+            path, long = root / f"{kind}.gguf", kind == "fp32" and cfg.rope_scaling is not None
+            prompts = [_prompt(n, row) for row, n in enumerate([*lengths, *([LONG] if long else [])])]
             checkpoint.convert(folder, path, format="gguf", dtype=kind)
             theirs = _by_llama_cpp(python, path, args.build, prompts, args.new)
             ours = _by_herd(checkpoint.load(path, torch.float32), prompts, args.new)
             found[f"{shape} {kind}"] = _compared(ours, theirs)
             print(f"{shape} {kind}: {found[f'{shape} {kind}']}", flush=True)
-    result = {"llama.cpp": versions("llama.cpp", python), "new": args.new, "prompts": [SHORT] * 6 + [LONG], **found}
+    result = {"versions": versions("llama.cpp", python), "new": args.new, "prompts": lengths, "long": LONG, **found}
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     wrong = [name for name, one in found.items() if name.endswith("fp32") and one["same"] < one["tokens"]]
     sys.exit(f"llama.cpp makes other tokens than Herd: {', '.join(wrong)}" if wrong else 0)
 
 
+def _prompt(tokens: int, row: int) -> list[int]:
+    return random.Random(row).choices(range(64, TINY.vocab_size), k=tokens)
+
+
 def _by_llama_cpp(python: Path, path: Path, build: Path, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
     runner = Runner("llama.cpp", python, build / "logs" / "gguf.log", THREADS)
     try:
         length = max(map(len, prompts)) + new
-        runner.ask(LIMIT, "load", path=str(path), threads=THREADS, length=length, sequences=1, kv="F32")
+        runner.ask(LIMIT, "load", path=str(path), threads=THREADS, length=length, sequences=1, kv="F32", flash_attn=0)
         return [runner.ask(LIMIT, "greedy", ids=ids, new=new)["ids"] for ids in prompts]
     finally:
         runner.stop()

@@ -37,8 +37,6 @@ _EXPERT = re.compile(r"(.+\.feed_forward\.experts)\.(\d{1,6})\.(gate|up|down)_pr
 _ACTIVATION_SCALE = ".input_scale"  # of activations in other engines; weights do not need it
 _QUANTIZERS = ("compressed-tensors", "fbgemm_fp8")
 
-Halves = tuple[list[str], list[str], list[str]]  # names of gate, up and down of each expert
-
 
 def open_hf(folder: Path) -> Weights:
     """The weights of a folder. CheckpointError if a file is damaged or of a layout that is not known."""

@@ -71,8 +71,10 @@ _VISION_LAYER: dict[str, tuple[str, int | None]] = {
     "ln_2.bias": ("post_attention_layernorm.bias", None),
 }
 _LAYER_NAME = re.compile(r"(layers|vision_embeddings\.vision_encoder\.transformer\.resblocks)\.(\d{1,4})\.(.+)")
-_FUSED = ("attention.wqkv.weight", "feed_forward.mlp.fc1_weight", "feed_forward.router_DE")
-_EXPERTS = tuple(f"feed_forward.experts.{name}" for name in ("moe_w_in_eD_F", "moe_w_swiglu_eD_F", "moe_w_out_eF_D"))
+_QKV, _GATE_UP, _ROUTER = "attention.wqkv.weight", "feed_forward.mlp.fc1_weight", "feed_forward.router_DE"
+_IN, _SWIGLU, _OUT = (
+    f"feed_forward.experts.{name}" for name in ("moe_w_in_eD_F", "moe_w_swiglu_eD_F", "moe_w_out_eF_D")
+)
 
 Pieces = Sequence[Tensor]  # what each shard has of a tensor
 
@@ -145,20 +147,20 @@ class _Merge:
     def _layer(self, name: str, layer: str, rest: str) -> None:
         if rest in _LAYER:
             self._joined(name, layer + _LAYER[rest][0], _LAYER[rest][1])
-        elif rest == _FUSED[0]:
+        elif rest == _QKV:
             self._qkv(name, f"{layer}self_attn.")
-        elif rest == _FUSED[1]:
+        elif rest == _GATE_UP:
             for half, part in enumerate(("gate", "up")):
                 parts = [self._cut(name, piece, 2)[half] for piece in self.pieces[name]]
                 self._add(f"{layer}feed_forward.{part}_proj.weight", parts, 0)
-        elif rest == _FUSED[2]:
+        elif rest == _ROUTER:
             self._add(f"{layer}feed_forward.router.weight", [self.pieces[name][0].T], None)
-        elif rest == _EXPERTS[0]:
-            self._gate_up(name, name.replace("w_in", "w_swiglu"), f"{layer}feed_forward.experts.gate_up_proj")
-        elif rest == _EXPERTS[2]:
+        elif rest == _IN:
+            self._gate_up(name, name.removesuffix(_IN) + _SWIGLU, f"{layer}feed_forward.experts.gate_up_proj")
+        elif rest == _OUT:
             parts = [self._by_expert(name, piece) for piece in self.pieces[name]]
             self._add(f"{layer}feed_forward.experts.down_proj", parts, 1)
-        elif rest != _EXPERTS[1]:
+        elif rest != _SWIGLU:
             raise CheckpointError(f"{self.folder} has a tensor that Llama 4 does not have: {name}")
 
     def _joined(self, name: str, ours: str, dim: int | None) -> None:
