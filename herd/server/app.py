@@ -6,7 +6,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from herd import __version__
-from herd.server import chat, chats, completions, contexts_api, errors, pages, tokens
+from herd.server import chat, chats, completions, contexts_api, errors, pages, responses, tokens
 from herd.server.contexts import Contexts
 from herd.server.library import Library
 from herd.server.security import Guard
@@ -26,6 +26,7 @@ def create_app(service: Service, library: Library, settings: Settings) -> FastAP
         _router,
         chat.router,
         completions.router,
+        responses.router,
         tokens.router,
         contexts_api.router,
         chats.router,
