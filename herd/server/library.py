@@ -308,6 +308,12 @@ class Library:
     # SQL
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is changed inside is on disk at its end, or nothing of it. Other threads wait."""
+        with self._writing():
+            yield
+
+    @contextmanager
     def _plain(self) -> Iterator[None]:
         """Turn what SQLite or the disk reports into one sentence with the fix."""
         file = self.folder / FILE

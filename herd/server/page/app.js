@@ -171,10 +171,12 @@ document.addEventListener("keydown", keys);
 window.addEventListener("hashchange", show);
 bringDrops((files) => view?.bring?.(files));
 
-let lost = null;
+let lost;
 api.listen(heard, (open) => {
-  clearTimeout(lost);
-  if (open) return document.body.classList.remove("offline");
+  if (open) {
+    lost = void clearTimeout(lost);
+    return document.body.classList.remove("offline");
+  }
   // A server that restarts is back within moments; only a longer absence is worth a word.
-  lost = setTimeout(() => (document.body.classList.add("offline"), say("The server cannot be reached; trying again.")), 1500);
+  lost ??= setTimeout(() => (document.body.classList.add("offline"), say("The server cannot be reached; trying again.")), 1500);
 });
