@@ -20,9 +20,10 @@ NAME = "serve"
 EXAMPLES = examples(
     "herd serve",
     "herd serve ./scout@int4 --data /srv/herd --memory 8G",
+    "herd serve --watch ~/notes",
     "herd serve --host 0.0.0.0 --api-key-file key.txt",
 )
-_NEEDED = ("fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client", "llguidance")
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client", "llguidance", "watchfiles")
 
 
 def command(
@@ -50,6 +51,10 @@ def command(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A name of this server, where it is not its address.")
     ] = None,
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Keep a context up to date with this folder; may be repeated."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Listen beyond this machine without a key.")] = False,
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may still take when it is stopped.")] = 60,
 ) -> None:
@@ -68,12 +73,14 @@ def command(
     from herd.server.library import Library
     from herd.server.service import Service
     from herd.server.state import Settings
+    from herd.server.watching import check
 
     room = None if memory is None else parse_bytes(memory)
     upload, folder = parse_bytes(max_upload), data or _home()
+    watched = check(watch or [], folder)
     loaded = herd.load(model)
     hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
-    settings = Settings(name or _name(model), keys, hosts, max_upload=upload)
+    settings = Settings(name or _name(model), keys, hosts, max_upload=upload, watch=watched)
     library = Library(folder, serve=True)
     service = Service(loaded, rows=rows, memory=room, queue=queue)
     try:

@@ -49,9 +49,11 @@ class Contexts:
         self._reading: dict[str, Progress] = {}
         self._lock = threading.Lock()
 
-    def create(self, name: str, *, kv: str | None = None, reading: str | None = None) -> str:
-        """Make an empty one; its id. kv, reading: see `herd.Context.open`."""
-        entry = self._library.new_context(name)
+    def create(
+        self, name: str, *, kv: str | None = None, reading: str | None = None, watches: Path | None = None
+    ) -> str:
+        """Make an empty one; its id. kv, reading: see `herd.Context.open`. watches: the folder that it follows."""
+        entry = self._library.new_context(name, watches)
         try:
             folder = self._library.context_folder(entry.id)
             (folder / "files").mkdir(parents=True)

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, Response
 from herd.server.errors import ApiError
 from herd.server.readings import Readings
 from herd.server.talks import Talks
+from herd.server.watching import Watching
 
 _FOLDER = Path(__file__).parent / "page"
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -29,9 +30,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Chats and reads go on as long as the application runs."""
     talks = app.state.talks = Talks(app.state.server)
     readings = app.state.readings = Readings(app.state.server, talks)
+    watching = Watching(app.state.server, readings)
     try:
         yield
     finally:
+        await watching.close()
         await readings.close()
         await talks.close()
 

@@ -107,6 +107,12 @@ class Readings:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def finish(self, id: str, work: Callable[[], Awaitable[ReadReport]]) -> None:
+        """Read into a context, until that is done."""
+        self._waiting[id] = self._waiting.get(id, 0) + 1
+        await self.tell(id)
+        await self._run(id, work)
+
     async def _run(self, id: str, work: Callable[[], Awaitable[ReadReport]]) -> None:
         try:
             report = await work()

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi import Request
 
@@ -16,13 +17,15 @@ from herd.server.structured import Grammars
 @dataclass(frozen=True)
 class Settings:
     """name: of the model, as clients say it. api_keys: with none, everybody may ask. hosts: that a Host header may
-    name besides addresses of this machine; "*": any. max_body, max_upload: bytes of a request's body."""
+    name besides addresses of this machine; "*": any. max_body, max_upload: bytes of a request's body.
+    watch: folders that contexts follow."""
 
     name: str
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     max_body: int = 64 << 20
     max_upload: int = 4 << 30
+    watch: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import httpx
 class ServerProcess:
     """One data folder, served at one address from start to start."""
 
-    def __init__(self, model: Path, data: Path) -> None:
+    def __init__(self, model: Path, data: Path, *more: object) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "herd", "serve", model, "--data", data, "--port", str(port)]
+        arguments = ["serve", model, "--data", data, "--port", port, *more]
+        self._command = [sys.executable, "-m", "herd", *map(str, arguments)]
         self.start()
 
     def start(self) -> None:
