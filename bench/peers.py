@@ -104,7 +104,7 @@ def python_of(name: str, home: Path) -> Path:
 
 def versions(name: str, python: Path) -> dict[str, str]:
     """Of the peer and of torch, where it uses that."""
-    code = "import importlib.metadata as m, sys\nfor d in m.distributions(): print(d.name.lower().replace('_', '-'), d.version)"
+    code = "import importlib.metadata as m, sys\nfor d in m.distributions(): print(d.name.lower(), d.version)"
     lines = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     found = dict(line.replace("_", "-").split(" ", 1) for line in lines)
     return {package: found[package] for package in (PEERS[name].package, "torch") if package in found}
