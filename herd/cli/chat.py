@@ -3,19 +3,19 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import herd
-from herd.cli.output import FreeFlag, Interrupted, JsonFlag, ModelOption, examples, note, print_json
-from herd.cli.report import TextOut, citation_json, print_citations
-from herd.errors import PromptError
+from herd.cli.output import FreeFlag, JsonFlag, ModelOption, examples, note, print_json, server_data
+from herd.errors import HerdError, PromptError
 
 NAME = "chat"
 EXAMPLES = examples(
     "herd chat",
     "herd chat --context ./ctx",
+    "herd chat --continue",
     "herd chat --model ./scout --image sign.jpg",
     "echo 'What is a llama?' | herd chat --json",
 )
@@ -36,13 +36,19 @@ def command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said before is less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     free: FreeFlag = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep it here, as herd serve does. Default: where that keeps chats."),
+    ] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="Go on with the chat that changed last.")] = False,
     model: ModelOption = "cria",
     as_json: JsonFlag = False,
 ) -> None:
     """Chat, one line per turn, until Ctrl-D.
 
     Without a context the model sees the whole conversation. With one, each line is a question of its own about what
-    the context holds. --json prints the list of turns at the end.
+    the context holds. In a terminal, or with --data, chats are kept, and the page of herd serve shows them; /help lists
+    commands. --json prints the list of turns at the end.
     """
     from herd.engine import Sampler
 
@@ -51,40 +57,29 @@ def command(
         raise PromptError("answers from a context are greedy; leave temperature and penalty out, or --context")
     if context is not None and image:
         raise PromptError("contexts are asked without images; leave --image out, or --context")
+    from herd.cli.talk import Kept, Talk, interrupted
+
     loaded = herd.load(model)
     opened = None if context is None else herd.Context.open(context, loaded)
-    turns: list[dict[str, Any]] = []
+    keeps = data is not None or go_on or sys.stdin.isatty()
+    talk = Talk(loaded, opened, sampler, max_tokens, not free, Kept(data or server_data(), loaded) if keeps else None)
+    if go_on:
+        talk.go_on()
     try:
-        for line in _lines():
-            out = TextOut(quiet=as_json)
-            turns.append({"role": "user", "content": line})
-            if image and len(turns) == 1:
-                turns[0]["images"] = [str(path) for path in image]
+        for number, line in enumerate(_lines()):
             try:
-                if opened is not None:
-                    answer = opened.ask(line, max_tokens=max_tokens, quote=not free, on_text=out)
-                    reply = {"content": answer.text, "citations": [citation_json(c) for c in answer.citations]}
+                if keeps and line.startswith("/"):
+                    talk.follow(line)
                 else:
-                    ids, shown = loaded.tokenizer.chat([_message(turn) for turn in turns]), image or ()
-                    new = loaded.generate(ids, images=shown, max_tokens=max_tokens, sampler=sampler, on_text=out)
-                    reply = {"content": new.text}
-            finally:
-                out.end()
-            if opened is not None and not as_json:
-                print_citations(answer)
-            turns.append({"role": "assistant", **reply})
+                    talk.ask(line, (image or ()) if number == 0 else (), quiet=as_json)
+            except HerdError as error:
+                if not sys.stdin.isatty():
+                    raise
+                note(f"error: {error}")  # the conversation goes on
     except KeyboardInterrupt:
-        raise Interrupted("the conversation is not kept; a context is left as it was") from None
+        raise interrupted(talk) from None
     if as_json:
-        print_json(turns)
-
-
-def _message(turn: dict[str, Any]) -> dict[str, Any]:
-    """What the model's chat template gets."""
-    content = turn["content"]
-    if images := turn.get("images"):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
-    return {"role": turn["role"], "content": content}
+        print_json(talk.turns)
 
 
 def _lines() -> Iterator[str]:

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +62,13 @@ def interruptible(kept: str) -> Iterator[None]:
 def examples(*commands: str) -> str:
     """The epilog of a verb's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def server_data() -> Path:
+    """Where chats are kept unless another folder is named."""
+    from herd.checkpoint.cria.base import home
+
+    return home() / "server"
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import herd
-from herd.cli.output import examples, note
+from herd.cli.output import examples, note, server_data
 from herd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def command(
     from herd.server.watching import check
 
     room = None if memory is None else parse_bytes(memory)
-    upload, folder = parse_bytes(max_upload), data or _home()
+    upload, folder = parse_bytes(max_upload), data or server_data()
     watched = check(watch or [], folder)
     loaded = herd.load(model)
     hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
@@ -142,12 +142,6 @@ def _is_local(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _home() -> Path:
-    from herd.checkpoint.cria.base import home
-
-    return home() / "server"
 
 
 def _name(model: str) -> str:

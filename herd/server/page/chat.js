@@ -80,6 +80,7 @@ export function chatView(id) {
     return el("div", { class: "citations" }, el("span", {}, absent ? "Looked at" : "From"), ...found.map((one) => {
       const [first, end] = one.lines, place = `${one.source}:${first === end ? first : `${first}–${end}`}`;
       const share = `${Math.round(one.weight * 100)} % of the attention`;
+      if (!message.detail.context) return el("span", { class: "chip", title: share }, place);
       return el("button", { class: "chip", title: share, onclick: () => openSource(message.detail.context, one.source, first, end) }, place);
     }));
   }

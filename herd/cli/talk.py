@@ -1,0 +1,245 @@
+"""What `herd chat` does with a line: asks, or follows a command such as /attach."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import herd
+from herd.cli.output import Interrupted, note
+from herd.cli.progress import reading
+from herd.cli.report import TextOut, citation_json, print_citations, print_report, print_skipped
+from herd.engine import Engine, Request, Sampler, stream
+from herd.errors import HerdError, LibraryError, PromptError, SourceError
+from herd.model import KVRow
+from herd.server.conversations import Conversations
+from herd.server.library import Chat, Library
+
+ROOM = 2048  # tokens that the next turns may take behind the first
+COMMANDS = {
+    "/attach PATH...": "read files and folders; questions are then asked about them",
+    "/sources": "list what was read",
+    "/save FILE": "write the conversation to a new Markdown file",
+    "/help": "show this",
+}
+
+
+class Kept:
+    """Where conversations are kept: the data folder of `herd serve`, whose page shows them, too."""
+
+    def __init__(self, data: Path, model: herd.Model) -> None:
+        self.library = Library(data)
+        self._model, self._files = model, Conversations(data / "conversations", model)
+        self._seen: tuple[list[int], KVRow] | None = None
+
+    def generate(self, chat: str, ids: list[int], most: int, sampler: Sampler, out: Callable[[str], None]) -> str:
+        """Go on with a chat from where the model was, now or in an earlier process; its keys and values are kept."""
+        tokenizer, engine = self._model.tokenizer, Engine(self._model.transformer)
+        room = len(ids) + most + ROOM
+        before = self._files.fit(self._seen[0][:-1], self._seen[1], ids, room) if self._seen else None
+        before, self._seen = before or self._files.load(chat, ids, room), None
+        after = None if before is None else engine.keep(*before)
+        prompt = ids if before is None else ids[len(before[0]) :]
+        more = ROOM if before is None else 0
+        id = engine.submit(Request(prompt, most, sampler, tokenizer.eos_ids, room=more, after=after))
+        text, said, chosen = tokenizer.stream(), list[str](), list[int]()
+        for token in stream(engine):
+            chosen.append(token.id)
+            said.append("" if token.id in tokenizer.eos_ids else text.push(token.id))
+            out(said[-1])
+        said.append(text.finish())
+        out(said[-1])
+        if (row := engine.release(id)) is not None:
+            self._seen = [*ids, *chosen], row
+            self._files.write(self._files.take(chat, self._seen[0][:-1], row))
+        return "".join(said)
+
+
+class Talk:
+    """A conversation in the terminal. kept None: nothing of it outlives the command."""
+
+    def __init__(
+        self,
+        model: herd.Model,
+        context: herd.Context | None,
+        sampler: Sampler,
+        most: int,
+        quote: bool,
+        kept: Kept | None,
+    ) -> None:
+        self.model, self.context, self.kept = model, context, kept
+        self._sampler, self._most, self._quote = sampler, most, quote
+        self._chat: Chat | None = None
+        self.turns: list[dict[str, Any]] = []
+
+    def go_on(self) -> None:
+        """Go on with the chat that changed last. LibraryError if there is none."""
+        assert self.kept is not None
+        library = self.kept.library
+        if not (chats := library.chats()):
+            raise LibraryError(f"there is no chat in {library.folder} to go on with; leave --continue out")
+        self._chat = chats[0]
+        self.turns = [{"role": m.role, "content": m.content} for m in library.messages(chats[0].id) if m.content]
+        if chats[0].context is not None and self.context is None:
+            self.context = herd.Context.open(library.context_folder(chats[0].context) / "kv", self.model)
+        note(f"going on with {chats[0].title or 'a chat'}: {len(self.turns):,} messages")
+
+    def ask(self, line: str, images: Sequence[Path], *, quiet: bool) -> None:
+        """Answer one line."""
+        turn: dict[str, Any] = {"role": "user", "content": line}
+        self.turns.append({**turn, "images": [str(path) for path in images]} if images else turn)
+        self._remember("user", line)
+        out = Out(quiet=quiet, marked=self.context is None)
+        try:
+            reply = self._reply(line, images, out)
+        except KeyboardInterrupt:
+            self._remember("assistant", out.text, "stopped")
+            raise
+        except HerdError:
+            self.turns.pop()
+            raise
+        finally:
+            out.end()
+        if (answer := reply.pop("answer", None)) and not quiet:
+            print_citations(answer)
+        self.turns.append({"role": "assistant", **reply})
+        detail = {"citations": reply["citations"], "context": self._context_id} if "citations" in reply else {}
+        self._remember("assistant", reply["content"], "done", **detail)
+
+    def _reply(self, line: str, images: Sequence[Path], out: "Out") -> dict[str, Any]:
+        if self.context is not None:
+            answer = self.context.ask(line, max_tokens=self._most, quote=self._quote, on_text=out)
+            citations = [citation_json(c) for c in answer.citations]
+            return {"content": answer.text, "citations": citations, "answer": answer}
+        ids = self.model.tokenizer.chat([_message(turn) for turn in self.turns])
+        if self.kept is not None and self._chat is not None and not any("images" in turn for turn in self.turns):
+            return {"content": self.kept.generate(self._chat.id, ids, self._most, self._sampler, out)}
+        shown = [image for turn in self.turns for image in turn.get("images", ())]
+        new = self.model.generate(ids, images=shown, max_tokens=self._most, sampler=self._sampler, on_text=out)
+        return {"content": new.text}
+
+    @property
+    def _context_id(self) -> str | None:
+        return None if self._chat is None else self._chat.context
+
+    def _remember(self, role: Any, content: str, state: Any = "done", **detail: Any) -> None:
+        if self.kept is None:
+            return
+        if self._chat is None:
+            self._chat = self.kept.library.new_chat(" ".join(content.split())[:60])
+        self.kept.library.add_message(self._chat.id, role, content, state, detail)
+
+    # Commands
+
+    def follow(self, line: str) -> None:
+        """Follow a command. PromptError for one that there is not."""
+        try:
+            name, *rest = shlex.split(line)
+        except ValueError as error:
+            raise PromptError(f"{line}: {error}; quotes come in pairs") from error
+        if name == "/attach" and rest:
+            self._attach(rest)
+        elif name == "/sources" and not rest:
+            self._sources()
+        elif name == "/save" and len(rest) == 1:
+            self._save(Path(rest[0]).expanduser())
+        elif name == "/help":
+            for usage, does in COMMANDS.items():
+                note(f"  {usage:16} {does}")
+        else:
+            raise PromptError(f"{line} is no command; there are {', '.join(COMMANDS)}")
+
+    def _attach(self, paths: list[str]) -> None:
+        if self.context is None:
+            if self.kept is None:
+                raise PromptError(
+                    "this chat is not kept, so nothing can be attached; start it with --context or --data DIR"
+                )
+            library = self.kept.library
+            entry = library.new_context(Path(paths[0]).resolve().name or "files")
+            if self._chat is None:
+                self._chat = library.new_chat(entry.name)
+            self._chat = library.change_chat(self._chat.id, context=entry.id)
+            folder = library.context_folder(entry.id)
+            (folder / "files").mkdir(parents=True)
+            self.context = herd.Context.open(folder / "kv", self.model)
+        with reading() as progress:
+            print_report(self.context.read([Path(path).expanduser() for path in paths], progress=progress))
+
+    def _sources(self) -> None:
+        if self.context is None:
+            raise PromptError("nothing was read; /attach PATH reads files and folders")
+        for source in self.context.sources:
+            note(f"  {source.name}  {source.tokens:,} tokens")
+        note(f"  {self.context.tokens:,} tokens of {len(self.context.sources):,} sources")
+        print_skipped(self.context.skipped)
+
+    def _save(self, file: Path) -> None:
+        parts = list[str]()
+        for turn in self.turns:
+            cited = [f"- {c['source']}:{c['lines'][0]}-{c['lines'][1]}\n" for c in turn.get("citations", ())]
+            parts.append(f"## {'You' if turn['role'] == 'user' else 'Herd'}\n\n{turn['content']}\n")
+            parts += ["".join(cited)] if cited else []
+        try:
+            with file.open("x", encoding="utf-8") as target:
+                target.write("\n".join(parts))
+        except FileExistsError:
+            raise SourceError(f"{file} exists; name a new file") from None
+        except OSError as error:
+            raise SourceError(f"{file} cannot be written: {error.strerror or error}") from error
+        note(f"saved {len(self.turns):,} messages to {file}")
+
+
+class Out(TextOut):
+    """Shows an answer as it comes: as Markdown in a terminal, where it is marked up, else as it is."""
+
+    def __init__(self, *, quiet: bool, marked: bool) -> None:
+        super().__init__(quiet=quiet)
+        self.text = ""
+        self._live: Any = None
+        if marked and not quiet and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False, vertical_overflow="visible")
+            self._live.start()
+        self._shown = 0.0
+
+    def __call__(self, piece: str) -> None:
+        self.text += piece
+        if self._live is None:
+            super().__call__(piece)
+        elif (now := time.monotonic()) - self._shown > 0.1:
+            self._shown = now
+            self._show()
+
+    def end(self) -> None:
+        """End the line of an answer that has begun."""
+        if self._live is None:
+            super().end()
+            return
+        self._show()
+        with suppress(Exception):
+            self._live.stop()
+
+    def _show(self) -> None:
+        from rich.markdown import Markdown
+
+        self._live.update(Markdown(self.text), refresh=True)
+
+
+def _message(turn: dict[str, Any]) -> dict[str, Any]:
+    """What the model's chat template gets."""
+    content = turn["content"]
+    if images := turn.get("images"):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
+    return {"role": turn["role"], "content": content}
+
+
+def interrupted(talk: Talk) -> Interrupted:
+    """What is said where a conversation is interrupted."""
+    if talk.kept is None:
+        return Interrupted("the conversation is not kept; a context is left as it was")
+    return Interrupted("the conversation is kept; go on with herd chat --continue")
