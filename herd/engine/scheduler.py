@@ -57,22 +57,36 @@ class Scheduler:
             job.row.close()
 
     def plan(self) -> list[Piece]:
-        """The next step: one token of every answer, and the oldest prompts as far as prompt_tokens go.
+        """The next step: one token of every answer, and prompts as far as prompt_tokens go.
 
         So an answer goes on in every step, however long the prompts beside it are.
         """
         self._admit()
-        left, pieces = self.prompt_tokens, []
+        shares, pieces = self._shares(), []
         for job in self.running:
-            count = len(job.ids) - job.seen
-            if not job.answering:
-                rest = left if self.chunk is None else self.chunk - (self.start + job.seen) % self.chunk
-                count = min(count, left, rest)
-                left -= count
+            count = shares.get(job, len(job.ids) - job.seen)
             if count:
                 stop = job.seen + count
                 pieces.append(Piece(job, job.ids[job.seen : stop], stop == len(job.ids)))
         return pieces
+
+    def _shares(self) -> dict[Job, int]:
+        """Tokens that are seen of each prompt: half of all are the oldest's, so that it goes on, whatever comes; then
+        those come that have the fewest left, so that a short one does not wait for a long one."""
+        prompts = [job for job in self.running if not job.answering]
+        shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens
+
+        def give(job: Job, most: int) -> int:
+            rest = most if self.chunk is None else self.chunk - (self.start + job.seen) % self.chunk - shares[job]
+            count = min(len(job.ids) - job.seen - shares[job], most, rest)
+            shares[job] += count
+            return count
+
+        for job in prompts[:1]:
+            left -= give(job, (left + 1) // 2)
+        for job in sorted(prompts, key=lambda job: len(job.ids) - job.seen):
+            left -= give(job, left)
+        return shares
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.rows:

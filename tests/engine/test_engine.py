@@ -173,6 +173,21 @@ def test_prompts_share_a_step(model: Transformer) -> None:
     assert [token.request for token in engine.step()] == [0, 1, 2]
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one(model: Transformer) -> None:
+    engine = Engine(model, prompt_tokens=8)
+    long = engine.submit(Request(prompt(40), 1))
+    assert engine.step() == []
+    short = engine.submit(Request(prompt(4), 1))
+    assert [token.request for token in engine.step()] == [short]
+    # Nor does the long one wait for ever, however many short ones come: it sees 4 tokens of each step.
+    steps = 0
+    while long in engine.running:
+        engine.submit(Request(prompt(4), 1))
+        engine.step()
+        steps += 1
+    assert steps == 7, "28 of 40 tokens were left"
+
+
 def test_first_come_first_served(model: Transformer) -> None:
     """A request waits for memory, and smaller ones behind it do not overtake it."""
     engine = Engine(model, memory=bytes_needed(CONFIG, 100, torch.float32))
@@ -211,7 +226,7 @@ def test_cancelling_at_any_step_gives_memory_back(model: Transformer, steps: int
     row = engine.row(id)
     events = [token for _ in range(steps) for token in engine.step()]
     ended = any(token.request == id and token.finish for token in events)
-    assert ended == (steps >= 7), "the prompt takes four: three pieces, and a cut where an attention chunk ends"
+    assert ended == (steps >= 8), "the prompt takes five: 2 and 2 beside the other's, 3, and 1 up to a chunk's end"
     assert engine.cancel(id) == (not ended)
     assert not engine.cancel(id), "ending twice is not an error"
     assert not row._layers and id not in engine.running
