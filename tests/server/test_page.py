@@ -155,7 +155,7 @@ def test_an_answer_goes_on_through_reloads_and_tabs_until_it_is_stopped(page: Op
         tab = page()
         send(tab, "Go on and on")
         expect(tab.get_by_role("button", name="Stop")).to_be_visible()
-        tab.wait_for_function("document.querySelector('.writing .body')?.innerText.length > 20")
+        expect(tab.locator(".writing .body")).to_contain_text(re.compile(".{20}", re.DOTALL))
         other = page(re.sub(r".*(#.*)", r"\1", tab.url))
         tab.reload()
         tab.wait_for_selector("body[data-ready]")

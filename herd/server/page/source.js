@@ -33,6 +33,7 @@ export async function openSource(context, name, first, last) {
   $("lines").replaceChildren(list);
   $("source").hidden = false;
   document.body.classList.add("with-source");
+  from?.scrollIntoView({ block: "nearest" }); // the chat is narrower now, and longer
   const target = last ? $(`line${first}`) : null;
   if (target) target.scrollIntoView({ block: "center" });
   else $("lines").scrollTop = 0;
