@@ -75,14 +75,12 @@ def command(
     from herd.server.state import Settings
     from herd.server.watching import check
 
-    room = None if memory is None else parse_bytes(memory)
-    upload, folder = parse_bytes(max_upload), data or server_data()
-    watched = check(watch or [], folder)
-    loaded = herd.load(model)
+    folder, room = data or server_data(), None if memory is None else parse_bytes(memory)
     hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
-    settings = Settings(name or _name(model), keys, hosts, max_upload=upload, watch=watched)
+    watched = check(watch or [], folder)
+    settings = Settings(name or _name(model), keys, hosts, max_upload=parse_bytes(max_upload), watch=watched)
     library = Library(folder, serve=True)
-    service = Service(loaded, rows=rows, memory=room, queue=queue)
+    service = Service(herd.load(model), rows=rows, memory=room, queue=queue)
     try:
         _run(create_app(service, library, settings), host, port, drain)
     finally:
