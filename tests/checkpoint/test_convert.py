@@ -205,7 +205,7 @@ TO_HF = {"format": "hf", "dtype": "fp8", "shard_bytes": 200_000}
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("arguments", [TO_HF, {"format": "gguf", "dtype": "int8"}], ids=str)
 def test_killed_and_repeated(plain, tmp_path, monkeypatch, arguments, share):
-    monkeypatch.setattr(streaming, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(streaming, "_SYNC_BYTES", 60_000)
     child = multiprocessing.get_context("fork").Process(
         target=_convert_and_die, args=(plain, tmp_path / "killed" / "m.gguf", arguments, share)
     )
@@ -216,14 +216,14 @@ def test_killed_and_repeated(plain, tmp_path, monkeypatch, arguments, share):
     assert listing(tmp_path / "killed") == [".m.gguf.making"]
     told = []
     convert(plain, tmp_path / "killed" / "m.gguf", progress=lambda done, total: told.append(done / total), **arguments)
-    assert told[0] >= share
+    assert told[0] >= share - 0.2  # what was not on the disk is made again
     assert told[-1] == 1.0
     convert(plain, tmp_path / "whole" / "m.gguf", **arguments)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_work_of_another_job_is_not_continued(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(streaming, "_SYNC_BYTES", 60_000)
 
     class Stop(Exception):
         pass
