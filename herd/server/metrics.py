@@ -32,12 +32,15 @@ class Metrics:
         )
         self._refused = Counter("herd_refused", "Requests refused, by status.", ["status"], registry=registry)
 
-    def ended(self, prompt: int, cached: int, generated: int, finish: str | None) -> None:
+    def said(self, tokens: int) -> None:
+        """Count tokens of answers."""
+        self._generated.inc(tokens)
+
+    def ended(self, prompt: int, cached: int, finish: str | None) -> None:
         """Count an answer; finish None: it ended by an error."""
         self._answers.labels(finish or "error").inc()
         self._prompt.inc(prompt)
         self._cached.inc(cached)
-        self._generated.inc(generated)
 
     def took(self, first: float | None, whole: float) -> None:
         """Seconds to the first and last token of an answer."""

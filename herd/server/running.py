@@ -2,7 +2,6 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from herd.api import Model
@@ -13,6 +12,7 @@ from herd.engine import Engine, Finish, Request, Token
 from herd.model import KVRow, Memory
 from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, End, Told
+from herd.server.metrics import Metrics
 
 ROOM = 2048  # tokens that the next turns of a conversation may take behind the first
 KEPT = 16  # conversations of an engine that may be gone on from
@@ -40,23 +40,15 @@ class Job:
     room: int = 0
     cached: int = 0
 
-    @property
-    def generated(self) -> int:
-        """Tokens of its answer so far."""
-        return len(self.ids) - len(self.ask.ids)
-
-
-Ended = Callable[[Job, Finish | None], None]
-
 
 class Running:
     """An engine and its jobs. It belongs to one thread."""
 
-    def __init__(self, model: Model, memory: Memory | None, rows: int, ended: Ended) -> None:
-        """memory: what its requests see contexts with. ended: is told each job that ends, and None if by an error."""
+    def __init__(self, model: Model, memory: Memory | None, rows: int, metrics: Metrics) -> None:
+        """memory: what its requests see contexts with."""
         self.engine = Engine(model.transformer, cache=memory, rows=rows, vision=model.vision)
         self.jobs: dict[int, Job] = {}
-        self._model, self._ended = model, ended
+        self._model, self._metrics = model, metrics
         self._kept: OrderedDict[int, tuple[str, list[int], int]] = OrderedDict()  # scope, tokens, room for
 
     def bytes_needed(self, job: Job) -> int:
@@ -96,6 +88,7 @@ class Running:
             for id in [id for id in self.jobs if id not in running]:
                 self._fail(self.jobs.pop(id), error)
             return
+        self._metrics.said(len(tokens))
         for token in tokens:
             job = self.jobs[token.request]
             try:
@@ -184,12 +177,18 @@ class Running:
             citations = tuple(cite(job.row, self._model.tokenizer))
             missed = max([job.row.missed, *(one.missed for one in job.tries if one.row is job.row)])
         job.row = None
-        self._ended(job, finish)
+        self._count(job, finish)
         job.answers.tell(Told(job.index, tokens, End(finish, job.cached, citations, missed)))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        self._ended(job, None)
+        self._count(job, None)
         job.answers.tell(error)
+
+    def _count(self, job: Job, finish: Finish | None) -> None:
+        """finish None: it ended by an error."""
+        now = time.perf_counter()
+        self._metrics.ended(len(job.ask.ids), job.cached, finish)
+        self._metrics.took(None if job.first is None else job.first - job.came, now - job.came)
 
     def _keep(self, id: int, job: Job) -> None:
         """Let a conversation be gone on from."""

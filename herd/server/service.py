@@ -6,8 +6,8 @@ for each set of contexts.
 """
 
 import asyncio
+import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +16,7 @@ from typing import TypeVar
 from herd.api import Context, Model
 from herd.checkpoint.room import available_memory
 from herd.context.cache import ContextCache
-from herd.engine import Finish, check_prompt
+from herd.engine import check_prompt
 from herd.errors import PromptError
 from herd.model import KVRow, Memory
 from herd.model.cache import bytes_needed
@@ -26,6 +26,7 @@ from herd.server.metrics import Metrics
 from herd.server.running import ROOM, Job, Running
 
 T = TypeVar("T")
+_log = logging.getLogger("herd.server")
 _Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
 _PLAIN: _Engine = ((), 0)
 _STOPPING = "the server is being stopped; ask again when it is back"
@@ -123,8 +124,9 @@ class Service:
             self._changed.notify()
         self._thread.join()
         self._reader.shutdown(cancel_futures=True)
-        for job in [*self._waiting, *(job for running in self._engines.values() for job in running.jobs.values())]:
-            job.answers.tell(Busy(_STOPPING, stopping=True))
+        for order in self._orders:
+            order()
+        self._tell(Busy(_STOPPING, stopping=True))
 
     @property
     def open(self) -> bool:
@@ -134,7 +136,8 @@ class Service:
     @property
     def waiting(self) -> int:
         """Answers that have not begun."""
-        return len(self._waiting)
+        with self._changed:
+            return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -147,7 +150,7 @@ class Service:
         return sum(running.engine.memory_used for running in tuple(self._engines.values()))
 
     def _engine(self, memory: Memory | None) -> Running:
-        return Running(self.model, memory, self.rows, self._ended)
+        return Running(self.model, memory, self.rows, self.metrics)
 
     def _memory(self, ask: Ask) -> ContextCache:
         first, *also = ask.contexts
@@ -190,21 +193,35 @@ class Service:
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._changed:
-            self._orders.append(order)
-            self._changed.notify()
+            if self._open:
+                self._orders.append(order)
+                self._changed.notify()
+                return
+        order()  # by now, the thread does nothing
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._open:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._open or self._orders or self._waiting or self.running)
+                    orders, self._orders = self._orders, []
+                for order in orders:
+                    order()
+                self._admit()
+                for running in self._engines.values():
+                    running.step()
+        except BaseException as error:  # none is known; whoever waits is told rather than left waiting
+            _log.critical("the model's thread ended", exc_info=error)
             with self._changed:
-                self._changed.wait_for(lambda: not self._open or self._orders or self._waiting or self.running)
-                orders, self._orders = self._orders, []
-                if not self._open:
-                    return
-            for order in orders:
-                order()
-            self._admit()
-            for running in self._engines.values():
-                running.step()
+                self._open = False
+            self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        """End everything with an error."""
+        with self._changed:
+            jobs = [*self._waiting, *(job for running in self._engines.values() for job in running.jobs.values())]
+        for job in jobs:
+            job.answers.tell(error)
 
     def _admit(self) -> None:
         while self.running < self.rows:
@@ -238,8 +255,3 @@ class Service:
     def _forget(self) -> bool:
         """Give up a conversation that is kept, if there is one."""
         return any(running.forget() for running in self._engines.values())
-
-    def _ended(self, job: Job, finish: Finish | None) -> None:
-        now = time.perf_counter()
-        self.metrics.ended(len(job.ask.ids), job.cached, job.generated, finish)
-        self.metrics.took(None if job.first is None else job.first - job.came, now - job.came)
