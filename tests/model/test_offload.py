@@ -1,6 +1,7 @@
 """Models whose experts are read as they are needed: the same numbers as in memory, whatever room there is."""
 
 import gc
+import json
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from herd import checkpoint, kernels
+from herd.checkpoint.files import INDEX
 from herd.engine import Engine, Request, generate, stream
 from herd.errors import CheckpointError
 from herd.kernels.layers import Mlp, MlpForm
@@ -167,7 +169,7 @@ def wait_for(done: Callable[[], bool]) -> None:
 
 def layer_file(folder: Path) -> Path:
     """Of the last layer."""
-    return sorted(folder.glob("*.safetensors"))[-1]
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"]["model.layers.4.feed_forward.experts.0"]
 
 
 def shorten(path: Path) -> None:
