@@ -205,7 +205,11 @@ def _question(server: Server, body: ChatRequest, contexts: tuple[Context, ...], 
     given = [name for name in (*names, "logit_bias", "stop", "tools", "logprobs") if getattr(body, name)]
     given += ["n"] * ((body.n or 1) > 1) + ["response_format"] * (schema is not None)
     if given:
-        raise ApiError(400, f"quotes are greedy, and {given[0]} has no place there; leave it out", param=given[0])
+        raise ApiError(
+            400,
+            f"quotes are greedy, and {given[0]} has no place there; leave it out, or set quote to false",
+            param=given[0],
+        )
     return Prompt(ask_prompt(server.model.tokenizer, content), [], contexts, content)
 
 

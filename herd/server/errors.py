@@ -81,6 +81,6 @@ def _invalid(error: RequestValidationError) -> ApiError:
     places = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(places) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unknown field: {param}. It would change nothing, so it is refused.", param=param)
+        return ApiError(400, f"Unknown field: {param}. It may change what is meant, so it is not ignored.", param=param)
     more = "" if len(error.errors()) == 1 else f" (and {len(error.errors()) - 1} more)"
     return ApiError(400, f"{param or 'the body'}: {first['msg']}{more}", param=param)

@@ -4,6 +4,7 @@ Every route needs the key, if there is one. Browsers send requests of any page t
 names by which this one may be called are fixed (DNS rebinding), and pages of other origins are refused.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -20,6 +21,7 @@ from herd.server.metrics import Metrics
 from herd.server.state import Client, Settings
 
 MAX_DEPTH = 64  # of JSON
+PIECE_S = 60  # seconds until the next piece of a body
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: takes no memory for going back
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _HEADERS = {
@@ -135,7 +137,7 @@ def check_depth(body: bytes) -> None:
 async def _body(headers: Headers, receive: Receive, settings: Settings) -> Receive:
     """The body of a request, which ends with an ApiError where it is too large; JSON is read and looked at first."""
     upload = headers.get("content-type", "").startswith("multipart/form-data")
-    most, read = settings.max_upload if upload else settings.max_body, 0
+    most, read, more = settings.max_upload if upload else settings.max_body, 0, True
     large = ApiError(413, f"the body is larger than {most:,} bytes", code="too_large")
     length = headers.get("content-length", "0")
     if not length.isdecimal():
@@ -144,8 +146,12 @@ async def _body(headers: Headers, receive: Receive, settings: Settings) -> Recei
         raise large
 
     async def counted() -> Message:
-        nonlocal read
-        message = await receive()
+        nonlocal read, more
+        try:
+            message = await asyncio.wait_for(receive(), PIECE_S if more else None)
+        except TimeoutError as error:
+            raise ApiError(408, f"nothing came of the body for {PIECE_S} seconds", code="timeout") from error
+        more = message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > most:
             raise large
@@ -153,13 +159,12 @@ async def _body(headers: Headers, receive: Receive, settings: Settings) -> Recei
 
     if upload:
         return counted
-    parts, more = list[bytes](), True
+    parts = list[bytes]()
     while more:
         message = await counted()
         if message["type"] == "http.disconnect":
             return _replay(None, receive)
         parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
     body = b"".join(parts)
     check_depth(body)
     return _replay(body, receive)

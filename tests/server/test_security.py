@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import herd
+from herd.server import security
 from tests.server.served import Served, serving, user
 
 TURN = [user("What is a herd?")]
@@ -225,6 +226,15 @@ def talk(port: int, said: bytes) -> bytes:
 def test_requests_that_are_two(served: Served, head: bytes) -> None:
     heard = talk(served.port, b"POST /v1/chat/completions HTTP/1.1\r\n" + head)
     assert heard.startswith(b"HTTP/1.1 4"), heard
+    served.alive()
+
+
+def test_bodies_that_never_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "PIECE_S", 0.2)
+    for kind in (b"application/json", b"multipart/form-data; boundary=x"):
+        head = b"Host: localhost\r\nContent-Type: " + kind + b"\r\nContent-Length: 100\r\n\r\n-"
+        heard = talk(served.port, b"POST /v1/contexts/x/sources HTTP/1.1\r\n" + head)
+        assert heard.startswith(b"HTTP/1.1 408"), heard
     served.alive()
 
 
