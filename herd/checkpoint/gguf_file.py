@@ -19,7 +19,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_PART_VALUES = 1 << 22  # that are dequantised at a time
+_PART_VALUES = 1 << 18  # that are dequantised at a time
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 

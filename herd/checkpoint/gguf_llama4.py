@@ -87,7 +87,7 @@ def _experts(file: GgufFile, *names: str) -> Stored:
         experts = torch.empty(E, inputs, len(names) * out, dtype=dtype)
         for e, expert in enumerate(experts):
             for place, name in zip(expert.split(out, 1), names, strict=True):
-                place.copy_(file.rows(name, e * out, out).T)
+                place.copy_(file.rows(name, e * out, out, dtype).T)
         return experts
 
     types, kinds = {file.dtype(name) for name in names}, {file.kind(name) for name in names}
