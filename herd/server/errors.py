@@ -54,6 +54,8 @@ def told(error: BaseException) -> ApiError:
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():
+            if isinstance(error.__cause__, ApiError):  # of a body that was cut while it was parsed
+                return error.__cause__
             return ApiError(error.status_code, str(error.detail))
     _log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed at this request; its log says why")

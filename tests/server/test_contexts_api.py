@@ -152,6 +152,10 @@ def test_files_that_are_not_read_are_listed(served: Served, context: str) -> Non
 def test_uploads_that_are_none(served: Served, context: str) -> None:
     path = f"/v1/contexts/{context}/sources"
     assert served.http.post(path, files=[("files", ("big", io.BytesIO(b"x" * (5 << 20))))]).status_code == 413
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="big"\r\n\r\n'
+    pieces = iter([head, *[b"x" * (1 << 16)] * 80])  # without a length
+    assert served.http.post(path, content=pieces, headers=form).status_code == 413
     for headers, body in (
         ({"Content-Type": "multipart/form-data"}, b"x"),
         ({"Content-Type": "multipart/form-data; boundary=x"}, b"--x\r\nContent-Disposition: form-data\r\n"),
