@@ -54,7 +54,7 @@ def test_one_answer_at_a_time_which_can_be_stopped(server: Served) -> None:
     server.http.put("/api/settings", json={"max_tokens": 100_000})
     try:
         chat = new_chat(server.url)
-        assert server.http.post(f"/api/chats/{chat}/messages", json={"content": "go on"}).status_code == 201
+        assert server.http.post(f"/api/chats/{chat}/messages", json={"content": "Again and again"}).status_code == 201
         again = server.http.post(f"/api/chats/{chat}/messages", json={"content": "and"})
         assert again.status_code == 409 and "stop it, or wait for its end" in again.json()["error"]["message"]
         while not messages(server.url, chat)[-1]["content"]:
@@ -62,7 +62,7 @@ def test_one_answer_at_a_time_which_can_be_stopped(server: Served) -> None:
         assert server.http.post(f"/api/chats/{chat}/stop").status_code == 204
         stopped = messages(server.url, chat)[-1]
         assert stopped["state"] == "stopped" and stopped["content"]
-        assert [m["content"] for m in messages(server.url, chat)] == ["go on", stopped["content"]]
+        assert [m["content"] for m in messages(server.url, chat)] == ["Again and again", stopped["content"]]
     finally:
         server.http.put("/api/settings", json={"max_tokens": 30})
 
