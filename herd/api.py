@@ -162,11 +162,11 @@ def load(
         identity = hashlib.sha256(f"{identity} {_rounded(transformer, weights, calibration)}".encode()).hexdigest()
     elif transformer.memory_dtype == torch.bfloat16:
         pack_halves(transformer)
-    tokenizer, vision = _tokenizer(folder), checkpoint.load_vision(folder, dtype)
+    tokenizer, vision = load_tokenizer(folder), checkpoint.load_vision(folder, dtype)
     return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint; the vocabulary in a GGUF file becomes a folder's for that."""
     if path.is_dir() and not any(path.glob("*.gguf")):
         return Tokenizer.load(path)

@@ -83,20 +83,20 @@ class Weights:
 
 
 def parse(text: str) -> Weights:
-    """What a name stands for. Parts that it does not name are bf16, and attention of global layers is as that of local
-    ones. ConfigError if it is no name."""
-    if "=" not in text:
-        return Weights.all(_format(text))
+    """What a name stands for. Parts that it does not name have the format that stands first, or else bf16, and attention
+    of global layers is as that of local ones. ConfigError if it is no name."""
+    first, *named = text.split(",")
+    rest, named = (BF16, [first, *named]) if "=" in first else (_format(first), named)
     parts: dict[str, Format] = {}
-    known = Weights().formats
-    for item in text.split(","):
+    known = Weights.all(rest).formats
+    for item in named:
         part, _, form = item.partition("=")
         if part not in known:
             raise ConfigError(f"a model has no part {part!r} to choose a format for; its parts: {', '.join(known)}")
         if part in parts:
             raise ConfigError(f"weights {text!r} name {part} twice; name each part once")
         parts[part] = _format(form)
-    return Weights(**{"global_attention": parts.get("attention", BF16), **parts})
+    return Weights(**{**known, "global_attention": parts.get("attention", rest), **parts})
 
 
 def _format(text: str) -> Format:

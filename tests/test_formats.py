@@ -1,5 +1,7 @@
 """Names of formats of weights: what they stand for, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,10 +29,12 @@ def test_names_say_all(weights: Weights) -> None:
         ("experts=int4", Weights(experts=Format("int4", 64))),
         ("attention=fp8", Weights(attention=FP8, global_attention=FP8)),
         ("attention=fp8,global_attention=bf16", Weights(attention=FP8)),
+        ("int4,global_attention=bf16", replace(Weights.all(Format("int4", 64)), global_attention=BF16)),
+        ("fp8,attention=bf16", Weights(experts=FP8, shared=FP8, head=FP8)),
         ("head=int8:32,shared=fp8", Weights(shared=FP8, head=Format("int8", 32))),
     ],
 )
-def test_what_is_not_named_is_bf16(text: str, weights: Weights) -> None:
+def test_what_is_not_named_is_as_what_stands_first_or_bf16(text: str, weights: Weights) -> None:
     assert parse(text) == weights
 
 

@@ -51,6 +51,23 @@ def test_convert_to_a_packed_folder(capsys: pytest.CaptureFixture[str], plain: P
     assert "packed for Herd's kernels; use the checkpoint that it was made of" in error
 
 
+def test_calibrated_weights(capsys: pytest.CaptureFixture[str], plain: Path, tmp_path: Path) -> None:
+    """They are not the nearest ones, and any checkpoint can be calibrated whose vocabulary is known."""
+    text, short = tmp_path / "text", tmp_path / "short"
+    text.write_text("aab abba ünï " * 100)
+    short.write_text("a")
+    checkpoint.convert(plain, tmp_path / "g.gguf", format="gguf")
+    checkpoint.convert(plain, tmp_path / "rounded", format="herd", dtype="int4:32")
+    options = ("--format", "herd", "--dtype", "int4:32", "--calibrate")
+    for source, out in ((plain, tmp_path / "of-folder"), (tmp_path / "g.gguf", tmp_path / "of-file")):
+        assert run(["convert", str(source), str(out), *options, str(text)]) == 0
+        assert herd.load(out).fingerprint != herd.load(tmp_path / "rounded").fingerprint
+    capsys.readouterr()
+    assert "1 tokens" in fails(capsys, "convert", plain, tmp_path / "out", *options, short)
+    options = ("--format", "hf", "--calibrate")
+    assert "only packed folders" in fails(capsys, "convert", plain, tmp_path / "out", *options, text)
+
+
 def test_models_of_each_format_are_used_alike(plain: Path, tmp_path: Path) -> None:
     """Text and images; a GGUF file has its vocabulary inside."""
     checkpoint.convert(plain, tmp_path / "g" / "m.gguf", format="gguf")
