@@ -83,8 +83,8 @@ class Weights:
 
 
 def parse(text: str) -> Weights:
-    """What a name stands for. Parts that it does not name have the format that stands first, or else bf16, and attention
-    of global layers is as that of local ones. ConfigError if it is no name."""
+    """What a name stands for. Parts that it does not name have the format that stands first, or else bf16; attention of
+    global layers is as that of local ones. ConfigError if it is no name."""
     first, *named = text.split(",")
     rest, named = (BF16, [first, *named]) if "=" in first else (_format(first), named)
     parts: dict[str, Format] = {}

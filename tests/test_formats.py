@@ -49,7 +49,7 @@ def test_what_is_not_named_is_as_what_stands_first_or_bf16(text: str, weights: W
         ("router=int4", "no part 'router' .*; its parts: experts, shared, attention, global_attention, head"),
         ("experts=int4,experts=int8", "name experts twice"),
         ("experts=", "cannot be ''"),
-        ("int4,head=int8", "no part 'int4'"),
+        ("head=int8,int4", "no part 'int4'"),
     ],
 )
 def test_what_is_no_name_is_refused(text: str, reason: str) -> None:
