@@ -100,7 +100,6 @@ async def state(its: Parts, read: Read) -> Json:
         "version": __version__,
         "model": its.settings.name,
         "window": model.config.max_position_embeddings,
-        "images": model.vision is not None,
         "chats": [asdict(chat) for chat in its.library.chats()],
         "contexts": [await read.shown(entry) for entry in its.library.contexts()],
         "settings": its.library.settings(),

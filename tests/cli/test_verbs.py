@@ -13,7 +13,7 @@ from herd.context.limits import MAX_BYTES
 from tests.checkpoint.tiny_llamas import tiny_llama, write_gguf
 from tests.cli.running import fails, run_json
 
-VERBS = ["ask", "read", "context", "chat", "convert", "upcycle", "train", "eval", "info", "plan"]
+VERBS = ["ask", "read", "context", "chat", "serve", "convert", "upcycle", "train", "eval", "info", "plan"]
 
 
 def test_every_verb_is_there_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

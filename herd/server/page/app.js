@@ -8,7 +8,7 @@ import { openSettings } from "/page/settings.js";
 import { closeSource } from "/page/source.js";
 import { bringDrops } from "/page/files.js";
 
-export const its = { window: 0, model: "", images: false, chats: new Map(), contexts: new Map(), settings: {} };
+export const its = { window: 0, model: "", chats: new Map(), contexts: new Map(), settings: {} };
 let view = null; // what main shows: {id, heard, leave, ...}
 let heardOnce = false;
 
@@ -32,7 +32,7 @@ export async function attempt(work) {
 
 async function refresh() {
   const state = await api.get("/state");
-  Object.assign(its, { window: state.window, model: state.model, images: state.images, settings: state.settings });
+  Object.assign(its, { window: state.window, model: state.model, settings: state.settings });
   its.chats = new Map(state.chats.map((chat) => [chat.id, chat]));
   its.contexts = new Map(state.contexts.map((found) => [found.id, found]));
   document.documentElement.dataset.theme = its.settings.theme || "";
