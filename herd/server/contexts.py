@@ -17,6 +17,7 @@ from herd.context import sources
 from herd.context.read import Progress
 from herd.context.sources import Found, Skipped
 from herd.errors import HerdError, SourceError
+from herd.server.asks import Busy
 from herd.server.library import Library, Unknown
 from herd.server.service import Service
 
@@ -145,11 +146,19 @@ class Contexts:
     def _read(self, id: str, paths: list[str | Path]) -> ReadReport:
         context = Context.open(self._library.context_folder(id) / "kv", self._service.model)
         try:
-            return context.read(paths, progress=partial(self._reading.__setitem__, id))
+            return context.read(paths, progress=partial(self._note, id))
+        except KeyboardInterrupt:
+            raise Busy("the server is being stopped; read again when it is back", stopping=True) from None
         finally:
             self._reading.pop(id, None)
             with self._lock:
                 self._open.pop(id, None)
+
+    def _note(self, id: str, progress: Progress) -> None:
+        """Also ends a read as Ctrl-C would where the server is being stopped; what was read is kept."""
+        if not self._service.open:
+            raise KeyboardInterrupt
+        self._reading[id] = progress
 
     def _remove(self, id: str, name: str) -> ReadReport:
         place = _place(self._library.context_folder(id), name)

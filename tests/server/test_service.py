@@ -11,6 +11,8 @@ import herd
 from herd.engine import Engine
 from herd.prompt.ask import ask_prompt
 from herd.server.asks import Ask, Busy, End, TooLong
+from herd.server.contexts import Contexts
+from herd.server.library import Library
 from herd.server.service import Service
 from tests.server.served import Served, serving, user
 
@@ -112,6 +114,30 @@ def test_a_service_that_is_closed_tells_all(model: herd.Model) -> None:
         assert await service.call(lambda: 3) == 3, "what still asks is not left waiting"
 
     asyncio.run(asked(Service(model, memory=1 << 26)))
+
+
+def test_a_read_ends_where_the_server_does_and_goes_on_later(model: herd.Model, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("".join(f"Line {n} of many.\n" for n in range(20_000)))
+
+    async def stopped() -> None:
+        service = Service(model, memory=1 << 26)
+        library = Library(tmp_path / "data")
+        contexts = Contexts(library, service)
+        id = contexts.create("long")
+        reading = asyncio.create_task(contexts.add(id, [("long.txt", file)]))
+        while not contexts.reading.get(id) or not contexts.reading[id].read_tokens:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(service.close)
+        with pytest.raises(Busy, match="read again"):
+            await reading
+        again = Service(model, memory=1 << 26)
+        report = await Contexts(library, again).read(id, [library.context_folder(id) / "files" / "long.txt"])
+        assert report.reused_tokens > 0 and report.read_tokens > 0 and not report.skipped
+        again.close()
+        library.close()
+
+    asyncio.run(stopped())
 
 
 def test_counts(model: herd.Model, tmp_path: Path) -> None:
