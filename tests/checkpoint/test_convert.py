@@ -190,7 +190,8 @@ def test_unnamed_splitting(plain, tmp_path):
 
 
 def _convert_and_die(source: Path, out: Path, arguments: dict, share: float) -> None:
-    """In a child process: killed when a share of the bytes is written."""
+    """In a forked process, which has none of torch's threads: killed when a share of the bytes is written."""
+    torch.set_num_threads(1)
 
     def watch(done: int, total: int) -> None:
         if done >= share * total:
