@@ -3,6 +3,7 @@
 import ipaddress
 import signal
 import socket
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,13 +80,12 @@ def command(
     hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
     watched = check(watch or [], folder)
     settings = Settings(name or _name(model), keys, hosts, max_upload=parse_bytes(max_upload), watch=watched)
-    library = Library(folder, serve=True)
-    service = Service(herd.load(model), rows=rows, memory=room, queue=queue)
-    try:
+    # A data folder in use is refused before the model is loaded.
+    with (
+        closing(Library(folder, serve=True)) as library,
+        closing(Service(herd.load(model), rows=rows, memory=room, queue=queue)) as service,
+    ):
         _run(create_app(service, library, settings), host, port, drain)
-    finally:
-        service.close()
-        library.close()
 
 
 _ANY = ("0.0.0.0", "::", "")

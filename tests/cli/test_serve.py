@@ -9,11 +9,12 @@ from tests.cli.running import fails
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "herd.example"])
-def test_others_need_a_key(capsys: pytest.CaptureFixture[str], host: str) -> None:
-    assert "--api-key" in fails(capsys, "serve", "no-such-model", "--host", host)
-    # With one, or forced, the model is looked for.
+def test_others_need_a_key(capsys: pytest.CaptureFixture[str], host: str, tmp_path: Path) -> None:
+    args = ("serve", "no-such-model", "--host", host, "--data", tmp_path)
+    assert "--api-key" in fails(capsys, *args)
+    # With one, or forced, the model is looked for; and the data folder is free again each time.
     for more in (["--api-key", "k"], ["--force"]):
-        assert "no-such-model" in fails(capsys, "serve", "no-such-model", "--host", host, *more)
+        assert "no-such-model" in fails(capsys, *args, *more)
 
 
 def test_without_its_extra_it_says_how_to_install_it(

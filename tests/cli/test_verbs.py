@@ -78,8 +78,8 @@ def test_quantised_weights_are_asked_for_by_name(
     args = ("ask", "What is the code?", notes, "--context", context, "--max-tokens", 4)
     assert run_json(capsys, *args, "--json", "--model", f"{tiny_model}@int8:8")["answer"]
     assert "another model" in fails(capsys, *args, "--model", tiny_model)
-    assert "groups of 8 or more, not 8 in 4" in fails(capsys, *args, "--model", f"{tiny_model}@int8:4")
-    assert "@int5" in fails(capsys, *args, "--model", f"{tiny_model}@int5")
+    assert "groups of 4 inputs; use 8 or more" in fails(capsys, *args, "--model", f"{tiny_model}@int8:4")
+    assert "cannot be 'int5'" in fails(capsys, *args, "--model", f"{tiny_model}@int5")
 
 
 def test_ask_for_people(capsys: pytest.CaptureFixture[str], notes: Path, tiny_model: Path) -> None:
