@@ -17,13 +17,13 @@ from herd import checkpoint
 from herd.checkpoint.names import find_model
 from herd.checkpoint.room import parse_bytes
 from herd.config import TextConfig
+from herd.context import shown
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.limits import apart, too_long
 from herd.context.quoting import Quoting, Try
 from herd.context.read import Progress, ReadReport, read
 from herd.context.segment import SEQUENTIAL
-from herd.context.shown import lines
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, stream
 from herd.errors import ConfigError, ContextError
@@ -239,12 +239,16 @@ class Context:
         """Every source in it, with its name, path, chunks and tokens."""
         return list(self._store.sources)
 
+    def text(self, source: str) -> str:
+        """All of a source, as it was read. ContextError if there is no such source."""
+        return shown.text(self._store, source, self._model.tokenizer)
+
     def lines(self, source: str, first: int = 1, stop: int = 1 << 62) -> tuple[list[str], int]:
         """Lines first..stop-1 of a source, counted from 1, as they were read, and the number of its last line.
 
         ContextError if there is no such source.
         """
-        return lines(self._store, source, first, stop, self._model.tokenizer)
+        return shown.lines(self._store, source, first, stop, self._model.tokenizer)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:

@@ -99,6 +99,15 @@ def parse(text: str) -> Weights:
     return Weights(**{**known, "global_attention": parts.get("attention", rest), **parts})
 
 
+def fitting_group(inputs: int, most: int) -> int:
+    """The largest group of at most so many inputs that they can be cut into. ConfigError if there is none: inputs that
+    are no multiple of 8."""
+    groups = [group for group in range(8, min(most, inputs) + 1, 8) if inputs % group == 0]
+    if not groups:
+        raise ConfigError(f"a layer has {inputs} inputs; int8 and int4 need a multiple of 8")
+    return groups[-1]
+
+
 def _format(text: str) -> Format:
     kind, colon, group = text.partition(":")
     if kind in ("bf16", "fp8") and not colon:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herd.errors import ConfigError
-from herd.formats import BF16, FP8, Format, Weights, parse
+from herd.formats import BF16, FP8, Format, Weights, fitting_group, parse
 
 forms = st.one_of(
     st.sampled_from([BF16, FP8]), st.builds(Format, st.sampled_from(["int8", "int4"]), st.integers(8, 4096))
@@ -59,3 +59,15 @@ def test_what_is_no_name_is_refused(text: str, reason: str) -> None:
 
 def test_bits_of_a_format() -> None:
     assert [parse(text).head.bits for text in ("bf16", "fp8", "int8", "int4:8")] == [16, 8, 8, 4]
+
+
+@given(st.integers(1, 600).map(lambda n: 8 * n), st.integers(8, 400))
+def test_groups_are_as_large_as_fit(inputs: int, most: int) -> None:
+    group = fitting_group(inputs, most)
+    assert inputs % group == group % 8 == 0 and group <= most
+    assert not any(inputs % larger == 0 for larger in range(group + 8, min(most, inputs) + 1, 8))
+
+
+def test_inputs_that_no_group_fits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="has 12 inputs; int8 and int4 need a multiple of 8"):
+        fitting_group(12, 64)

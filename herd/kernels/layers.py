@@ -15,9 +15,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from herd.formats import fitting_group
 from herd.kernels import native
 from herd.kernels.native import PackedWeight
-from herd.kernels.reference import fitting_group
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _S = TypeVar("_S", bound=ctypes.Structure)

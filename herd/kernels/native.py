@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from herd.kernels.reference import Attention, Part, fitting_group
+from herd.formats import fitting_group
+from herd.kernels.reference import Attention, Part
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _WIDEST = 256  # head_dim, a multiple of 64

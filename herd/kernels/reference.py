@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from herd.formats import fitting_group
+
 _SMALLEST = 2.0**-14  # normal number of float16
 _SCALES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of four bits, as shares of the one that cuts nothing off
 
@@ -200,7 +202,7 @@ def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
     """A weight rounded to the nearest codes, for `linear`, symmetric: 8 bits from -127 to 127, 4 bits from -8 to 7
     (spec §7).
 
-    K is a multiple of 8. group: how many inputs share a scale at most, see `fitting_group`.
+    K is a multiple of 8. group: how many inputs share a scale at most, see `herd.formats.fitting_group`.
     """
     group = fitting_group(w_NK.shape[1], group)
     low, high = (-127, 127) if bits == 8 else (-8, 7)
@@ -208,11 +210,6 @@ def pack(w_NK: Tensor, bits: int, group: int) -> PlainWeight:
     scale_Ng = w_NgK.abs().amax(-1).clamp(min=1e-6) / -low
     q_NgK = (w_NgK / scale_Ng.unsqueeze(-1)).round().clamp(low, high)
     return PlainWeight(q_NgK.flatten(1).to(torch.int8).contiguous(), scale_Ng, bits)
-
-
-def fitting_group(K: int, most: int) -> int:
-    """The largest group of at most so many inputs that K is a multiple of; both are multiples of 8."""
-    return max(group for group in range(8, min(most, K) + 1, 8) if K % group == 0)
 
 
 def linear(x: Tensor, weight: PlainWeight) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from herd.errors import ConfigError
-from herd.formats import Format, Weights
+from herd.formats import Format, Weights, fitting_group
 from herd.kernels import PlainWeight, linear, place, swiglu
-from herd.kernels.reference import fitting_group
 from herd.model.moe import Experts, MoE
 from herd.model.quantized import QuantizedExperts, QuantizedLinear, check, quantize
 from herd.model.transformer import Block, Transformer

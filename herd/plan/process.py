@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from herd.config import TextConfig
 from herd.errors import ConfigError
-from herd.formats import Bits, Weights
-from herd.plan.weights import SCALE_BYTES, fitting_group
+from herd.formats import Bits, Weights, fitting_group
+from herd.plan.weights import SCALE_BYTES
 
 PANEL = 32  # outputs that are packed together, and tokens that have room together
 GATES = 16  # that are packed together, followed by their ups
@@ -98,7 +98,7 @@ def _packed(cfg: TextConfig, weights: Weights) -> Iterator[_Packed]:
     """Weights as they are packed: q, k and v in one, gate and up in one; the head last."""
     D, d, H, G = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
     for i in range(cfg.num_hidden_layers):
-        attention, experts = weights.attention.packed, cfg.num_local_experts if cfg.is_moe(i) else 0
+        attention, experts = weights.attention_of(cfg.is_local(i)).packed, cfg.num_local_experts if cfg.is_moe(i) else 0
         yield _Packed(attention, (H + 2 * G) * d, D)
         yield _Packed(attention, D, H * d)
         F = cfg.intermediate_size if experts else cfg.intermediate_size_mlp
@@ -112,19 +112,21 @@ def _step(cfg: TextConfig, weights: Weights, N: int) -> int:
     """What a forward pass over N tokens of one sequence needs for a time: the larger of layers and logits."""
     states = N * cfg.hidden_size * (BF16 + F32)  # embeddings, and what the layers make of them
     turns = F32 * N * (cfg.head_dim + 1)  # cosines and sines, and temperatures
-    layers = N * max(_layer(cfg, weights, cfg.is_moe(i)) for i in range(cfg.num_hidden_layers))
+    layers = N * max(_layer(cfg, weights, i) for i in range(cfg.num_hidden_layers))
     return states + turns + max(layers, F32 * cfg.vocab_size)
 
 
-def _layer(cfg: TextConfig, weights: Weights, moe: bool) -> int:
+def _layer(cfg: TextConfig, weights: Weights, layer: int) -> int:
     """Buffers of one layer for a token (cpp/decoder.cpp): q, k, v and what attention gives, the states between
     products, and rows of activations as products take them."""
+    moe = cfg.is_moe(layer)
     D, wide, E = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_local_experts if moe else 0
     K = cfg.num_experts_per_tok if moe else 0
     F = _up(cfg.intermediate_size if moe else cfg.intermediate_size_mlp, GATES)
     qkv = wide + 2 * cfg.num_key_value_heads * cfg.head_dim
     states = qkv + wide + D + (1 + K) * F + K * D + E + 3 * K
-    attention, shared, experts = (form.packed for form in (weights.attention, weights.shared, weights.experts))
+    forms = (weights.attention_of(cfg.is_local(layer)), weights.shared, weights.experts)
+    attention, shared, experts = (form.packed for form in forms)
     rows = _row(attention, D) + _row(attention, wide) + _row(shared, D) + _row(shared, F)
     return F32 * states + rows + K * (_row(experts, D) + _row(experts, F))
 

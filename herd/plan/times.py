@@ -64,11 +64,11 @@ def decode(plan: Plan) -> Time:
 
 def _compute(s: Setup, flops: Flops) -> float:
     """Each part at the rate of its format, attention and router in bf16."""
-    layers, middle = s.cfg.num_hidden_layers, s.cfg.num_hidden_layers // 2
+    middle = s.cfg.num_hidden_layers // 2
     of = {"projections": "attention"}
     seconds = 0.0
     for part, count in vars(flops).items():
-        form = s.weights.of(of.get(part, part), middle, layers)
+        form = s.weights.of(of.get(part, part), s.cfg, middle)
         rate = s.machine.bf16 if part in ("attention", "router") else _flops(s, form)
         seconds += count / rate
     return seconds / (s.count * s.machine.compute_share)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from herd.config import TextConfig, VisionConfig
 from herd.errors import ConfigError
-from herd.formats import BF16, FP8, Format, Weights, parse
+from herd.formats import BF16, FP8, Format, Weights, fitting_group, parse
 
 SCALE_BYTES = 4  # float32
 PARTS = ("embedding", "attention", "routed_experts", "shared_experts", "dense", "head", "router", "norms", "vision")
 TITLES = {part: part.replace("_", " ") for part in PARTS}
-_FIELDS = {"attention": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense": "shared"}
+_FIELDS = {"routed_experts": "experts", "shared_experts": "shared", "dense": "shared"}
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,13 @@ class Choice:
     formats: Weights
     released: bool = False
 
-    def of(self, part: str, layer: int | None = None, layers: int = 0) -> Format:
-        """The format of a part, in one of so many layers."""
-        if self.released and (part == "dense" or (self.formats.experts == FP8 and layer in (0, layers - 1))):
+    def of(self, part: str, cfg: TextConfig, layer: int) -> Format:
+        """The format of a part in one layer of a model."""
+        ends = (0, cfg.num_hidden_layers - 1)
+        if self.released and (part == "dense" or (self.formats.experts == FP8 and layer in ends)):
             return BF16
+        if part == "attention":
+            return self.formats.attention_of(cfg.is_local(layer))
         return self.formats.formats.get(_FIELDS.get(part, part), BF16)
 
 
@@ -44,11 +47,6 @@ def parse_weights(text: str) -> Choice:
         return Choice(text, parse(text))
     except ConfigError as error:
         raise ConfigError(f"{error}; or as released, {' or '.join(_RELEASED)}") from None
-
-
-def fitting_group(inputs: int, most: int) -> int:
-    """The largest group of at most so many inputs that `inputs` is a multiple of, as packing chooses it."""
-    return max((g for g in range(8, min(most, inputs) + 1, 8) if inputs % g == 0), default=inputs)
 
 
 class Matrix(NamedTuple):
@@ -124,7 +122,7 @@ def parts(cfg: TextConfig, vision: VisionConfig | None, weights: Choice, gpus: i
     """What one of some GPUs holds, in the order of PARTS. Images' encoder and projector are bf16, and divided."""
     found: dict[str, list[Part]] = {}
     for m in matrices(cfg, gpus):
-        form, numbers = weights.of(m.part, m.layer, cfg.num_hidden_layers), m.outputs * m.inputs * m.copies
+        form, numbers = weights.of(m.part, cfg, m.layer or 0), m.outputs * m.inputs * m.copies
         scales = m.outputs * m.copies * _scales(m.inputs, form) * SCALE_BYTES
         found.setdefault(m.part, []).append(Part(m.part, numbers, str(form), numbers * form.bits // 8, scales))
     if vision is not None:

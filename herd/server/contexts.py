@@ -13,9 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from herd.api import Context, ReadReport
-from herd.context import sources
 from herd.context.read import Progress
-from herd.context.sources import Found, Skipped
 from herd.errors import HerdError, SourceError
 from herd.server.asks import Busy
 from herd.server.library import Library, Unknown
@@ -94,15 +92,11 @@ class Contexts:
             return self._open[id]
 
     def text(self, id: str, name: str) -> str:
-        """The text that a source was read from. SourceError if it can no longer be read."""
-        source = next((source for source in self.now(id).sources if source.name == name), None)
-        if source is None or source.path is None:
-            raise Unknown(f"context {id} has no source {name[:100]!r} that can be shown")
-        path = os.fsencode(source.path)
-        loaded = sources.load(Found(path, path, 0, ""))
-        if isinstance(loaded, Skipped):
-            raise SourceError(f"{name}: {loaded.reason}")
-        return loaded.text
+        """The text of a source as it was read, whatever became of the file."""
+        context = self.now(id)
+        if all(source.name != name for source in context.sources):
+            raise Unknown(f"context {id} has no source {name[:100]!r}")
+        return context.text(name)
 
     async def add(self, id: str, files: Sequence[tuple[str, Path]]) -> ReadReport:
         """Copy files into it under their names, such as src/main.py, and read what is new. Files of the same names are

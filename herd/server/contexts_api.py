@@ -76,7 +76,7 @@ async def add(
 
 @router.get("/{id}/sources/{name:path}")
 def source(id: str, name: str, request: Request) -> PlainTextResponse:
-    """The text that a source was read from."""
+    """The text of a source, as it was read."""
     text = server(request).contexts.text(id, name)
     return PlainTextResponse(text, headers={"Content-Disposition": "attachment"})
 

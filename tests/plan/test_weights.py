@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from herd.config import BEHEMOTH_ASSUMED, MAVERICK, PRESETS, SCOUT, VISION, TextConfig
 from herd.errors import ConfigError
-from herd.kernels.reference import fitting_group as packed_group
 from herd.model import Transformer
-from herd.plan.weights import PARTS, Part, fitting_group, parse_weights, parts
+from herd.plan.weights import PARTS, Part, parse_weights, parts
 from tests.model.tiny_models import tiny
 
 
@@ -106,15 +103,18 @@ def test_beyond_eight_gpus_key_value_heads_are_kept_more_than_once() -> None:
 def test_scales_are_those_of_the_spec(weights: str) -> None:
     found, choice = by_name(SCOUT, weights), parse_weights(weights)
     for name in ("attention", "routed_experts", "shared_experts", "head"):
-        form = choice.of(name)
+        form = choice.of(name, SCOUT, 1)
         expected = found[name].parameters // form.group * 4 if form.whole else 0
         assert found[name].scale_bytes == expected
         assert found[name].weight_bytes == found[name].parameters * form.bits // 8
 
 
-@given(st.integers(1, 600).map(lambda n: 8 * n), st.integers(1, 40).map(lambda n: 8 * n))
-def test_groups_are_those_of_packing(inputs: int, most: int) -> None:
-    assert fitting_group(inputs, most) == packed_group(inputs, most)
+def test_global_layers_may_have_a_format_of_their_own() -> None:
+    found, plain = by_name(SCOUT, "int4,global_attention=int8"), by_name(SCOUT, "int4")
+    assert found["attention"].format == "int4:64+int8:64"
+    every_fourth = plain["attention"].parameters // 4
+    assert found["attention"].weight_bytes - plain["attention"].weight_bytes == every_fourth // 2
+    assert found["routed_experts"] == plain["routed_experts"]
 
 
 @pytest.mark.parametrize("text", ["", "int5", "int4:7", "int4:", "fp8:64", "nose=int4", "experts=", "int4_mixed=int4"])

@@ -369,6 +369,7 @@ def test_the_page_comes_back_with_a_killed_server(page: Open, tiny_model: Path, 
         chat = new_chat(server.url)
         ask(server.url, chat, "Before")
         tab = page(f"#/chat/{chat}", server.url)
+        expect(tab.locator(".assistant.done")).to_have_count(1)
         before = last(tab)
         server.kill()
         expect(tab.locator("body.offline")).to_be_visible()
@@ -376,6 +377,7 @@ def test_the_page_comes_back_with_a_killed_server(page: Open, tiny_model: Path, 
         expect(tab.get_by_role("alert")).to_contain_text("cannot be reached")
         server.start()
         expect(tab.locator("body.offline")).to_have_count(0)
+        expect(tab.locator(".assistant.done")).to_have_count(1)
         assert last(tab) == before
         tab.get_by_role("button", name="Ask", exact=True).click()
         expect(tab.locator(".assistant.done")).to_have_count(2)
