@@ -78,6 +78,11 @@ class Sampler:
         """Whether a choice depends on earlier tokens by more than the logits."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens cannot be drawn however likely they are."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -110,8 +115,11 @@ class Draws:
         penalised_V = self._penalise(logits_V.double().cpu())
         if self.sampler.temperature == 0:
             token = int(penalised_V.argmax())
+        elif self.sampler.cuts:
+            ids_K, probs_K = candidates(penalised_V, self.sampler)
+            token = int(ids_K[self._draw(probs_K)])
         else:
-            token = self._draw(*candidates(penalised_V, self.sampler))
+            token = self._draw(_probabilities(penalised_V, self.sampler))
         if self.sampler.penalises:
             self._seen_V[token] = True
             self._counts_V[token] += 1
@@ -125,11 +133,13 @@ class Draws:
         logits_V = torch.where(self._seen_V, torch.where(logits_V > 0, logits_V / by, logits_V * by), logits_V)
         return logits_V - s.frequency_penalty * self._counts_V - s.presence_penalty * (self._counts_V > 0)
 
-    def _draw(self, ids_K: Tensor, probs_K: Tensor) -> int:
+    def _draw(self, probs_K: Tensor) -> int:
         # In the order of ids, so that it does not matter which of two equally likely tokens a sort puts first.
         sums_K = probs_K.cumsum(0)
         at = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums_K[-1]
-        return int(ids_K[int(torch.searchsorted(sums_K, at, right=True).clamp(max=len(ids_K) - 1))])
+        # Rounding must not reach the end, behind which there may be tokens that cannot be drawn.
+        at = at.minimum(sums_K[-1].nextafter(at.new_zeros(())))
+        return int(torch.searchsorted(sums_K, at, right=True))
 
     def _choice(self, token: int, logits_V: Tensor) -> Choice:
         count = self.sampler.logprobs
@@ -142,8 +152,7 @@ class Draws:
 
 def candidates(logits_V: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Steps 3 to 6: the ids that may be drawn, in ascending order, and their probabilities, which sum up to 1."""
-    # The largest logit is taken away first, so that no temperature is too small.
-    probs_V = ((logits_V - logits_V.max()) / sampler.temperature).softmax(-1)
+    probs_V = _probabilities(logits_V, sampler)
     ids_K = torch.arange(len(probs_V))
     if sampler.top_k or sampler.top_p < 1:
         # What is below this is cut off for certain: tokens less likely than (1 - top_p) / V hold less than 1 - top_p
@@ -160,6 +169,11 @@ def candidates(logits_V: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     probs_K = probs_V[ids_K]
     kept = (probs_K > 0) & (probs_K >= sampler.min_p * probs_K.max())
     return ids_K[kept], probs_K[kept] / probs_K[kept].sum()
+
+
+def _probabilities(logits_V: Tensor, sampler: Sampler) -> Tensor:
+    # The largest logit is taken away first, so that no temperature is too small.
+    return ((logits_V - logits_V.max()) / sampler.temperature).softmax(-1)
 
 
 def choose(logits: Iterable[Tensor], draws: Sequence[Draws]) -> list[Choice]:
