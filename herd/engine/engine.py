@@ -36,17 +36,20 @@ class Engine:
         rows: int = ROWS,
         memory: int | None = None,
         prompt_tokens: int = PROMPT_TOKENS,
+        beside: int | None = None,
         vision: Vision | None = None,
     ) -> None:
         """cache None: requests see nothing but themselves. At most `rows` requests run at a time, with `memory` bytes
-        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step. vision: what images of
-        prompts are seen with, None if they have none."""
-        assert rows > 0 and prompt_tokens > 0, (rows, prompt_tokens)
+        of keys and values (None: any), and see `prompt_tokens` tokens of prompts in a step; `beside` where several run
+        (None: no fewer), so that none waits long for another's prompt. vision: what images of prompts are seen with,
+        None if they have none."""
+        beside = prompt_tokens if beside is None else beside
+        assert rows > 0 and prompt_tokens > 0 and beside > 0, (rows, prompt_tokens, beside)
         dtype = transformer.memory_dtype
         self.transformer = transformer
         self.cache: Memory = KVCache(transformer.config, dtype) if cache is None else cache
         chunk = transformer.config.attention_chunk_size
-        self._scheduler = Scheduler(rows, memory, prompt_tokens, chunk, self.cache.start_position)
+        self._scheduler = Scheduler(rows, memory, (prompt_tokens, beside), chunk, self.cache.start_position)
         self._next_id, self._vision = 0, vision
 
     def submit(self, request: Request) -> int:

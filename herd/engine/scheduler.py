@@ -22,8 +22,11 @@ class Scheduler:
     ones, so every job runs at last; where it needs memory of those that are kept, the oldest of them is given up.
     """
 
-    def __init__(self, rows: int, memory: int | None, prompt_tokens: int, chunk: int | None, start: int) -> None:
-        """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step.
+    def __init__(
+        self, rows: int, memory: int | None, prompt_tokens: tuple[int, int], chunk: int | None, start: int
+    ) -> None:
+        """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step: where one job
+        runs, and where several do.
 
         chunk: of attention; no piece reaches over the end of one. start: position of the first token of every job.
         """
@@ -74,7 +77,7 @@ class Scheduler:
         """Tokens that are seen of each prompt: half of all are the oldest's, so that it goes on, whatever comes; then
         those come that have the fewest left, so that a short one does not wait for a long one."""
         prompts = [job for job in self.running if not job.answering]
-        shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens
+        shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) > 1]
 
         def give(job: Job, most: int) -> int:
             rest = most if self.chunk is None else self.chunk - (self.start + job.seen) % self.chunk - shares[job]

@@ -15,6 +15,7 @@ from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
 
 ROOM = 2048  # tokens that the next turns of a conversation may take behind the first
+BESIDE = 256  # tokens of prompts in a step, where several requests run
 KEPT = 16  # conversations of an engine that may be gone on from
 
 
@@ -46,7 +47,7 @@ class Running:
 
     def __init__(self, model: Model, memory: Memory | None, rows: int, metrics: Metrics) -> None:
         """memory: what its requests see contexts with."""
-        self.engine = Engine(model.transformer, cache=memory, rows=rows, vision=model.vision)
+        self.engine = Engine(model.transformer, cache=memory, rows=rows, beside=BESIDE, vision=model.vision)
         self.jobs: dict[int, Job] = {}
         self._model, self._metrics = model, metrics
         self._kept: OrderedDict[int, tuple[str, list[int], int]] = OrderedDict()  # scope, tokens, room for
@@ -79,15 +80,16 @@ class Running:
             self.engine.cancel(id)
             self.engine.forget(id)
 
-    def step(self) -> None:
-        """One step of the engine; what is said is told."""
+    def step(self) -> list[str]:
+        """One step of the engine; what is said is told. The client of each token."""
         try:
             tokens = self.engine.step()
         except Exception as error:
             running = set(self.engine.running)
             for id in [id for id in self.jobs if id not in running]:
                 self._fail(self.jobs.pop(id), error)
-            return
+            return []
+        clients = [self.jobs[token.request].ask.client for token in tokens]
         self._metrics.said(len(tokens))
         for token in tokens:
             job = self.jobs[token.request]
@@ -96,6 +98,7 @@ class Running:
             except Exception as error:  # such as a context that was cut under its reader, found when it is cited
                 self.cancel(job)
                 self._fail(job, error)
+        return clients
 
     def forget(self) -> bool:
         """Give up the conversation that was kept longest; False if there is none."""

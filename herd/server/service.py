@@ -7,8 +7,10 @@ for each set of contexts.
 
 import asyncio
 import logging
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -30,6 +32,7 @@ _log = logging.getLogger("herd.server")
 _Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
 _PLAIN: _Engine = ((), 0)
 _STOPPING = "the server is being stopped; ask again when it is back"
+SHORT = 256  # tokens of a short request, prompt and answer
 IDLE = 8  # engines of contexts that are kept with nothing to do
 
 
@@ -48,14 +51,15 @@ class Service:
         """At most `rows` answers at a time, with `memory` bytes of keys and values (None: half of what is free), and
         `queue` more that wait."""
         self.model, self.rows, self.queue = model, rows, queue
+        self._spare = rows // 8  # rows that only short requests get
         self.memory = available_memory() // 2 if memory is None else memory
         self.metrics = Metrics() if metrics is None else metrics
-        self._waiting: FairQueue[Job] = FairQueue()
+        self._waiting: FairQueue[Job] = FairQueue(_size)
         self._engines: dict[_Engine, Running] = {_PLAIN: self._engine(None)}
         self._orders: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._open = True
-        self._reader = ThreadPoolExecutor(1, "reader")
+        self._reader = ThreadPoolExecutor(1, "reader", _stand_back)
         self._thread = threading.Thread(target=self._work, name="service", daemon=True)
         self._thread.start()
 
@@ -71,7 +75,7 @@ class Service:
         with self._changed:
             if not self._open:
                 raise Busy(_STOPPING, stopping=True)
-            if len(self._waiting) + len(asks) > self.queue:
+            if not self._has_place(asks):
                 raise Busy(f"{len(self._waiting):,} requests wait, and {self.queue:,} may; ask again later")
             for job in jobs:
                 self._waiting.push(job.ask.client, job)
@@ -180,6 +184,14 @@ class Service:
             )
         return 0 if ask.images or ask.question is not None or with_room > self.memory else ROOM
 
+    def _has_place(self, asks: Sequence[Ask]) -> bool:
+        """Whether asks may wait: in the queue, or as the only one of a client while the queue is not twice full, so
+        that a few cannot keep all others out."""
+        waiting = len(self._waiting)
+        if waiting + len(asks) <= self.queue:
+            return True
+        return len(asks) == 1 and waiting < 2 * self.queue and not self._waiting.count(asks[0].client)
+
     def _cancel(self, answers: Answers) -> None:
         def order() -> None:
             with self._changed:
@@ -209,7 +221,10 @@ class Service:
                     order()
                 self._admit()
                 for running in self._engines.values():
-                    running.step()
+                    clients = running.step()
+                    with self._changed:
+                        for client in clients:
+                            self._waiting.give(client, 1)
         except BaseException as error:  # none is known; whoever waits is told rather than left waiting
             _log.critical("the model's thread ended", exc_info=error)
             with self._changed:
@@ -229,6 +244,8 @@ class Service:
                 if not self._waiting:
                     return
                 job = self._waiting.first()
+            if self.rows - self.running <= self._spare and _size(job) > SHORT:
+                return
             running = self._running(job)
             needed = running.bytes_needed(job)
             while self.memory_used + needed > self.memory and self._forget():
@@ -237,6 +254,7 @@ class Service:
                 return
             with self._changed:
                 self._waiting.pop()
+                self._waiting.give(job.ask.client, len(job.ask.ids))
             try:
                 running.start(job)
             except Exception as error:
@@ -255,3 +273,13 @@ class Service:
     def _forget(self) -> bool:
         """Give up a conversation that is kept, if there is one."""
         return any(running.forget() for running in self._engines.values())
+
+
+def _size(job: Job) -> int:
+    return len(job.ask.ids) + job.ask.max_tokens
+
+
+def _stand_back() -> None:
+    """Let answers go first where they and this thread want the processor: it and what it starts get a quarter of it."""
+    if sys.platform == "linux":  # where threads have priorities of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

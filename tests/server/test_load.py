@@ -1,5 +1,6 @@
 """Many clients: a bounded queue, turns, clients that leave, and a server that stops."""
 
+import asyncio
 import resource
 import signal
 import socket
@@ -17,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import herd
+from herd.server.asks import Ask, Busy
 from herd.server.fair import FairQueue
+from herd.server.service import Service
 from tests.server.served import Served, serving, user
 
 LONG = {"messages": [user("Go on for ever.")], "max_tokens": 20_000, "logit_bias": {"258": -100}, "stream": True}
@@ -62,7 +65,7 @@ def test_all_choices_wait_or_none(model: herd.Model, tmp_path: Path) -> None:
 
 @given(st.lists(st.sampled_from("abc"), max_size=30))
 def test_clients_take_turns(clients: list[str]) -> None:
-    queue: FairQueue[tuple[str, int]] = FairQueue()
+    queue: FairQueue[tuple[str, int]] = FairQueue(lambda item: 1)
     for number, client in enumerate(clients):
         queue.push(client, (client, number))
     got = [queue.pop() for _ in clients]
@@ -74,6 +77,64 @@ def test_clients_take_turns(clients: list[str]) -> None:
         between = [got[a + 1 : b] for a, b in pairwise(places)]
         assert all(len(others) == len({name for name, _ in others}) for others in between)
     assert len(queue) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100)), max_size=60))
+def test_clients_that_wait_are_given_the_same(requests: list[tuple[str, int]]) -> None:
+    """As many tokens, up to one request; and of one client, in order."""
+    queue: FairQueue[tuple[str, int]] = FairQueue(lambda item: item[1])
+    for client, size in requests:
+        queue.push(client, (client, size))
+    given, got = dict.fromkeys("abc", 0), list[tuple[str, int]]()
+    while len(queue):
+        waiting = {client for client in "abc" if queue.count(client)}
+        client, size = queue.pop()
+        assert given[client] == min(given[name] for name in waiting)
+        queue.give(client, size - 1)  # popping it counts as one
+        given[client] += size
+        got.append((client, size))
+    assert [[its for its in got if its[0] == name] for name in "abc"] == [
+        [its for its in requests if its[0] == name] for name in "abc"
+    ]
+
+
+def test_who_asks_now_and_then_is_next() -> None:
+    queue: FairQueue[str] = FairQueue(len)
+    for _ in range(5):
+        for client in "abc":
+            queue.push(client, f"{client} wants a lot")
+    for _ in range(6):
+        queue.give(queue.pop()[0], 1000)
+    queue.push("late", "hi")
+    assert queue.pop() == "hi", "it was given nothing, and others were"
+    queue.give("late", 5000)
+    queue.push("late", "hi again")
+    assert [queue.pop()[0] for _ in range(3)] == ["a", "b", "c"], "nobody may save up or be always first"
+
+
+def test_a_few_clients_cannot_keep_others_out(model: herd.Model, tmp_path: Path) -> None:
+    """Who has none waiting gets a place in a queue that others have filled."""
+    service = Service(model, rows=1, queue=2, memory=1 << 26)
+    ids = model.tokenizer.chat([user("x")])
+
+    async def come() -> None:
+        many = [await service.submit(Ask(ids, 20_000, client="many"))]
+        while service.waiting:
+            await asyncio.sleep(0.001)
+        many += [await service.submit(Ask(ids, 20_000, client="many")) for _ in range(2)]
+        with pytest.raises(Busy):
+            await service.submit(Ask(ids, 2, client="many"))
+        others = [await service.submit(Ask(ids, 2, client=name)) for name in ("one", "two")]
+        with pytest.raises(Busy):
+            await service.submit(Ask(ids, 2, client="three"))
+        for its in (*many, *others):
+            async with its:
+                pass
+
+    try:
+        asyncio.run(come())
+    finally:
+        service.close()
 
 
 def test_who_leaves_frees_the_memory(served: Served) -> None:
