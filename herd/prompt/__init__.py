@@ -3,6 +3,6 @@
 from herd.prompt.calls import Called, CallParser, parse_calls
 from herd.prompt.stop import StopText
 from herd.prompt.tokenizer import StreamDecoder, Tokenizer
-from herd.prompt.tools import ToolCall
+from herd.prompt.tools import CallPart, ToolCall
 
-__all__ = ["CallParser", "Called", "StopText", "StreamDecoder", "Tokenizer", "ToolCall", "parse_calls"]
+__all__ = ["CallParser", "CallPart", "Called", "StopText", "StreamDecoder", "Tokenizer", "ToolCall", "parse_calls"]

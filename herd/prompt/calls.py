@@ -1,30 +1,34 @@
 """Finds tool calls in what a model says, while it says it. Nothing is evaluated, and no character is lost.
 
 Calls are looked for where a line begins, behind another call, and anywhere behind `<function=` and `<|python_start|>`.
-What may become a call is held back until it is one, or certainly none and so text. Each of the readers below is a
-generator, which yields when it needs more text than there is, and raises NoCall.
+What may become a call is held back until it is one, or certainly none and so text; but its parts are told as soon as
+they are said, from the name of a tool on, behind which nearly always a call follows. Each of the readers below is a
+generator, see `herd.prompt.scan`.
 """
 
+import json
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from herd.prompt.llama4 import PYTHON_END, PYTHON_START
 from herd.prompt.scan import (
-    JSON_MARKS,
-    PYTHON_MARKS,
+    BLANK,
+    JSON,
+    PYTHON,
     NoCall,
     Reader,
     Said,
-    find,
     goes_on,
     no_call,
     of_json,
-    of_python,
     run,
-    value_end,
+    string_end,
+    value,
 )
-from herd.prompt.tools import CODE, NAME, SEARCHES, ToolCall
+from herd.prompt.tools import CODE, NAME, SEARCHES, CallPart, ToolCall
 
 Found = tuple[int, tuple[ToolCall, ...]]  # where calls end, and the calls
 
@@ -34,10 +38,9 @@ _AT_LINE = rf"[ \t]*[\[{{{''.join(sorted({name[0] for name in SEARCHES}))}]"
 _BEGINS = re.compile(rf"<|(?<=\n){_AT_LINE}")
 _BEGINS_HERE = re.compile(rf"<|(?:\A|(?<=\n)){_AT_LINE}")
 _FRESH = re.compile(rf"(?:\n|{re.escape(PYTHON_START)}|{re.escape(PYTHON_END)})[ \t]*\Z")
-_BLANK, _WORD, _STARS, _KEY = (re.compile(p) for p in (r"\s{0,256}", r"[\w.-]{0,256}", r"\*{0,2}", r'["\w]{0,16}'))
+_WORD, _STARS, _KEY = (re.compile(p) for p in (r"[\w.-]{0,256}", r"\*{0,2}", r'["\w]{0,16}'))
 _JSON_KEYS = {f'"{key}"' for key in ("type", "id", "function", "name", "parameters", "arguments")}
 _SEARCHES = {f"{name}.call": name for name in SEARCHES}
-_PYTHON_ENDS = re.compile(re.escape(PYTHON_END))
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,26 @@ class Called:
     calls: tuple[ToolCall, ...]
 
 
+Event = str | Called | CallPart
+
+
 class CallParser:
     """Takes text piece by piece and gives it back as text and Called. The texts of all of them joined are what it took,
-    and they do not depend on how that was cut but for where text is cut."""
+    and they do not depend on how that was cut but for where text is cut.
 
-    def __init__(self) -> None:
-        self._said = Said()
+    Before a Called come the parts of its calls; those of what turns out to be no call, and is text, have no end.
+    """
+
+    def __init__(self, names: frozenset[str] | None = None) -> None:
+        """names: of the tools that there are; calls of others are text. None: any."""
+        self._said = Said(names)
         self._reader: Reader[Found] | None = None
         self._before = "\n"  # the end of what was given back
 
-    def push(self, piece: str) -> list[str | Called]:
-        """What is now certain: text, and calls that are complete."""
+    def push(self, piece: str) -> list[Event]:
+        """What is now certain: text, and calls that are complete; and parts of calls."""
         self._said.text += piece
-        events = list[str | Called]()
+        events = list[Event]()
         while self._said.text:
             if self._reader is None:
                 here = _BEGINS_HERE if _FRESH.search(self._before) else _BEGINS
@@ -70,7 +80,7 @@ class CallParser:
                     break
                 self._reader = _read(self._said)
             try:
-                next(self._reader)
+                part = next(self._reader)
             except StopIteration as done:
                 end, calls = done.value
                 events.append(Called(self._said.text[:end], calls))
@@ -78,18 +88,21 @@ class CallParser:
             except NoCall as none:
                 self._give(none.certain, events)
             else:
-                break
+                if part is None:
+                    break
+                events.append(part)
+                continue
             self._reader = None
         return events
 
-    def finish(self) -> list[str | Called]:
+    def finish(self) -> list[Event]:
         """What was held back, at the end of the text."""
         self._said.ended = True
         events = self.push("")
         assert not self._said.text, "nothing waits for more than there will be"
         return events
 
-    def _give(self, end: int, events: list[str | Called]) -> None:
+    def _give(self, end: int, events: list[Event]) -> None:
         text, self._said.text = self._said.text[:end], self._said.text[end:]
         before = self._before + text
         self._before = "\n" if _FRESH.search(before) else before[-len(PYTHON_START) :]
@@ -102,11 +115,11 @@ class CallParser:
 def parse_calls(text: str) -> list[str | Called]:
     """A whole text as text and calls."""
     parser = CallParser()
-    events = parser.push(text)
-    for event in parser.finish():
+    events = list[str | Called]()
+    for event in [*parser.push(text), *parser.finish()]:
         if isinstance(event, str) and events and isinstance(events[-1], str):
             events[-1] += event
-        else:
+        elif not isinstance(event, CallPart):
             events.append(event)
     return events
 
@@ -117,16 +130,25 @@ def _read(said: Said) -> Reader[Found]:
         case "[":
             return (yield from _list(said))
         case "{":
-            end, value = yield from _object(said, 0, keys=_JSON_KEYS)
-            return end, (_call_of(value),)
+            end, call = yield from _json(said)
         case "<":
             return (yield from _marked(said))
         case _:
-            end = yield from run(said, 0, _WORD)
-            if said.text[:end] not in _SEARCHES:
-                raise NoCall
-            end, call = yield from _call(said, 0)
-            return end, (ToolCall(_SEARCHES[call.name], call.arguments),)
+            name, at = yield from _head(said, 0, _SEARCHES)
+            end, call = yield from _call(said, at, name)
+            yield _end(call)
+    return end, (call,)
+
+
+def _end(call: ToolCall) -> CallPart:
+    """What ends a call whose arguments were told one by one."""
+    return CallPart(arguments="}" if call.arguments else "{}", ends=True)
+
+
+def _whole(call: ToolCall) -> Iterator[CallPart]:
+    """The parts of a call of which nothing was told."""
+    yield CallPart(call.name)
+    yield CallPart(arguments=call.arguments_json, ends=True)
 
 
 def _marked(said: Said) -> Reader[Found]:
@@ -139,98 +161,227 @@ def _marked(said: Said) -> Reader[Found]:
     start = len(_TAG)
     end = yield from run(said, start, _WORD)
     name = said.text[start:end]
-    if not NAME.fullmatch(name) or said.text[end : end + 1] != ">":
+    if not NAME.fullmatch(name) or not said.allows(name) or said.text[end : end + 1] != ">":
         raise NoCall
-    at = yield from run(said, end + 1, _BLANK)
-    end, arguments = yield from _object(said, at)
-    at = yield from run(said, end, _BLANK)
+    at = yield from run(said, end + 1, BLANK)
+    end, arguments = yield from _arguments(said, at, name)
+    call = ToolCall(name, arguments)
+    yield _end(call)
+    at = yield from run(said, end, BLANK)
     closed = yield from goes_on(said, at, _TAG_END)
-    return at + len(_TAG_END) if closed else end, (ToolCall(name, arguments),)
+    return at + len(_TAG_END) if closed else end, (call,)
 
 
 def _code(said: Said) -> Reader[Found]:
-    """Calls between the marks of Python, or else code; text, if a call follows, as some templates write."""
+    """Calls between the marks of Python, or else code; text, if a call follows, as some templates write. Code is told
+    when it is whole: only what follows says what it was."""
     start = len(PYTHON_START)
-    found = yield from find(said, _PYTHON_ENDS, start)
-    inner, end = (said.text[start : found.start()], found.end()) if found else (said.text[start:], len(said.text))
-    if PYTHON_START not in inner:
-        events = parse_calls(inner)
-        if all(isinstance(event, Called) or not event.strip() for event in events):
-            calls = tuple(call for event in events if isinstance(event, Called) for call in event.calls)
-            return end, calls or no_call(start)
-    at = yield from run(said, end, _BLANK)
+    end, events, rest = yield from _inner(said, start)
+    inner = said.text[start:end].removesuffix(PYTHON_END)
+    if PYTHON_START not in inner and all(isinstance(event, Called) or not event.strip() for event in events):
+        calls = tuple(call for event in events if isinstance(event, Called) for call in event.calls)
+        yield from rest
+        return end, calls or no_call(start)
+    at = yield from run(said, end, BLANK)
     if said.text[at : at + 1] in ("[", "{", "<"):
         raise NoCall(start)
-    return end, (ToolCall(CODE, {"code": inner}),)
+    if not said.allows(CODE):
+        raise NoCall(end)
+    call = ToolCall(CODE, {"code": inner})
+    yield from _whole(call)
+    return end, (call,)
+
+
+def _inner(said: Said, start: int) -> Reader[tuple[int, list[str | Called], list[CallPart]]]:
+    """What stands up to the end of Python, and where that is. Parts of the first call are told, but for its end; the
+    rest of the parts are for when it is certain that there are calls and nothing else."""
+    parser, events, rest, at, found = CallParser(said.names), list[str | Called](), list[CallPart](), start, -1
+    while found < 0:
+        found = said.text.find(PYTHON_END, max(start, at - len(PYTHON_END)))
+        last = said.text.rfind("<", max(at, len(said.text) - len(PYTHON_START)))  # of a mark, perhaps
+        stop = found if found >= 0 else len(said.text) if said.ended or last < 0 else last
+        nested = PYTHON_START in said.text[start:stop]
+        more = [] if nested else parser.push(said.text[at:stop])
+        at = stop
+        over = found >= 0 or said.ended
+        for event in [*more, *(parser.finish() if over and not nested else [])]:
+            if not isinstance(event, CallPart):
+                events.append(event)
+            elif rest or event.ends or any(isinstance(one, str) and one.strip() for one in events):
+                rest.append(event)
+            else:
+                yield event
+        if over:
+            break
+        yield None
+    return found + len(PYTHON_END) if found >= 0 else len(said.text), events, rest
 
 
 def _list(said: Said) -> Reader[Found]:
-    calls, at = list[ToolCall](), 1
-    while True:
-        at = yield from run(said, at, _BLANK)
-        if calls and said.text[at : at + 1] == "]":
-            return at + 1, tuple(calls)
-        at, call = yield from _call(said, at)
-        calls.append(call)
-        at = yield from run(said, at, _BLANK)
-        mark = said.text[at : at + 1]
-        if mark not in ("]", ","):
-            raise NoCall
-        at += mark == ","
+    """A list of calls. A call is one once the next has begun or the list ends; what goes wrong later is text."""
+    calls, at, sure = list[ToolCall](), 1, (0, 0)
+    try:
+        while True:
+            at = yield from run(said, at, BLANK)
+            if calls and said.text[at : at + 1] == "]":
+                yield _end(calls[-1])
+                return at + 1, tuple(calls)
+            begun = at
+            name, at = yield from _head(said, at)
+            if calls:
+                yield _end(calls[-1])
+            sure = (len(calls), begun)
+            at, call = yield from _call(said, at, name)
+            calls.append(call)
+            at = yield from run(said, at, BLANK)
+            mark = said.text[at : at + 1]
+            if mark not in ("]", ","):
+                raise NoCall
+            at += mark == ","
+    except NoCall:
+        count, end = sure
+        if not count:
+            raise
+        return end, tuple(calls[:count])
 
 
-def _call(said: Said, start: int) -> Reader[tuple[int, ToolCall]]:
+def _head(said: Said, start: int, known: Mapping[str, str] | None = None) -> Reader[tuple[str, int]]:
+    """The name of a call in Python, and where its bracket is; behind that, a first argument begins or it closes.
+
+    known: those names that it can be, and what stands for them.
+    """
     end = yield from run(said, start, _WORD)
     name = said.text[start:end]
-    at = yield from run(said, end, _BLANK)
-    if not NAME.fullmatch(name) or said.text[at : at + 1] != "(":
+    if known is not None:
+        name = known.get(name) or no_call()
+    at = yield from run(said, end, BLANK)
+    if not NAME.fullmatch(name) or not said.allows(name) or said.text[at : at + 1] != "(":
         raise NoCall
+    first = yield from run(said, at + 1, BLANK)
+    if said.text[first : first + 1] != ")":
+        yield from _key(said, first)
+    return name, at
+
+
+def _call(said: Said, at: int, name: str) -> Reader[tuple[int, ToolCall]]:
+    """A call whose bracket is at `at`, and where it ends. It is told but for its end."""
+    yield CallPart(name)
     arguments = dict[str, Any]()
     mark = "("
     while mark != ")":
-        at = yield from run(said, at + 1, _BLANK)
+        at = yield from run(said, at + 1, BLANK)
         if said.text[at : at + 1] == ")":
             break
-        at, more = yield from _argument(said, at)
-        if more.keys() & arguments.keys():
-            raise NoCall
-        arguments |= more
+        at = yield from _argument(said, at, arguments)
         mark = said.text[at]
     return at + 1, ToolCall(name, arguments)
 
 
-def _argument(said: Said, start: int) -> Reader[tuple[int, dict[str, Any]]]:
-    """One argument, or several as `**{…}`, and where the comma or bracket behind it is."""
+def _key(said: Said, start: int) -> Reader[tuple[str | None, int]]:
+    """The name of an argument, None for `**`, and where its value begins."""
     at = yield from run(said, start, _STARS)
-    many, name = at == start + 2, ""
-    if not many:
-        end = yield from run(said, start, _WORD)
-        name = said.text[start:end]
-        at = yield from run(said, end, _BLANK)
-        if not NAME.fullmatch(name) or said.text[at : at + 1] != "=":
+    if at == start + 2:
+        return None, at
+    end = yield from run(said, start, _WORD)
+    name = said.text[start:end]
+    at = yield from run(said, end, BLANK)
+    if not NAME.fullmatch(name) or said.text[at : at + 1] != "=":
+        raise NoCall
+    return name, at + 1
+
+
+def _argument(said: Said, start: int, arguments: dict[str, Any]) -> Reader[int]:
+    """One argument, or several as `**{…}`, is added to others; where the comma or bracket behind it is."""
+    name, at = yield from _key(said, start)
+    at = yield from run(said, at, BLANK)
+    if name is not None:
+        yield _begin(name, arguments)
+        at, arguments[name] = yield from value(said, at, PYTHON, told=True)
+    else:
+        at, many = yield from value(said, at, PYTHON)
+        if not isinstance(many, dict) or many.keys() & arguments.keys():
             raise NoCall
-        at += 1
-    end = yield from value_end(said, at, PYTHON_MARKS)
-    if said.text[end] not in ",)":
+        for key, one in many.items():
+            begun = _begin(key, arguments)
+            yield CallPart(arguments=begun.arguments + json.dumps(one, allow_nan=False))
+            arguments[key] = one
+    if said.text[at] not in ",)":
         raise NoCall
-    value = of_python(said.text[at:end])
-    if many and not isinstance(value, dict):
-        raise NoCall
-    return end, value if many else {name: value}
+    return at
 
 
-def _object(said: Said, start: int, keys: set[str] | None = None) -> Reader[tuple[int, dict[str, Any]]]:
-    """A JSON object and where it ends; its first key is one of these."""
+def _begin(key: str, before: dict[str, Any]) -> CallPart:
+    """What stands before the value of an argument. NoCall if there is one of this name."""
+    if key in before:
+        raise NoCall
+    return CallPart(arguments=f"{', ' if before else '{'}{json.dumps(key)}: ")
+
+
+def _arguments(said: Said, start: int, name: str) -> Reader[tuple[int, dict[str, Any]]]:
+    """The arguments of a call as a JSON object, and where it ends. It is told but for its end."""
     if said.text[start : start + 1] != "{":
         raise NoCall
-    if keys is not None:
-        at = yield from run(said, start + 1, _BLANK)
-        end = yield from run(said, at, _KEY)
-        if said.text[at:end] not in keys:
+    yield CallPart(name)
+    return (yield from _members(said, start, partial(_member, said)))
+
+
+def _member(said: Said, at: int, key: str, before: dict[str, Any]) -> Reader[tuple[int, Any]]:
+    yield _begin(key, before)
+    return (yield from value(said, at, JSON, told=True))
+
+
+def _members(
+    said: Said, at: int, read: Callable[[int, str, dict[str, Any]], Reader[tuple[int, Any]]]
+) -> Reader[tuple[int, dict[str, Any]]]:
+    """A JSON object whose bracket is at `at`, and where it ends. read: the value at a place, by its key and what stands
+    before."""
+    found, mark = dict[str, Any](), "{"
+    while mark != "}":
+        at = yield from run(said, at + 1, BLANK)
+        if not found and said.text[at : at + 1] == "}":
+            break
+        if said.text[at : at + 1] != '"':
             raise NoCall
-    end = yield from value_end(said, start + 1, JSON_MARKS)
-    value = of_json(said.text[start : end + 1])
-    return end + 1, value if isinstance(value, dict) else no_call()
+        end = yield from string_end(said, '"', at + 1)
+        key = of_json(said.text[at:end])
+        at = yield from run(said, end, BLANK)
+        if key in found or said.text[at : at + 1] != ":":
+            raise NoCall
+        at = yield from run(said, at + 1, BLANK)
+        at, found[key] = yield from read(at, key, found)
+        at = yield from run(said, at, BLANK)
+        mark = said.text[at : at + 1]
+        if mark not in (",", "}"):
+            raise NoCall
+    return at + 1, found
+
+
+def _json(said: Said) -> Reader[tuple[int, ToolCall]]:
+    """A call as a JSON object. Its arguments are told while they are said if its name stands before them."""
+    at = yield from run(said, 1, BLANK)
+    end = yield from run(said, at, _KEY)
+    if said.text[at:end] not in _JSON_KEYS:
+        raise NoCall
+    told = list[str]()
+
+    def read(at: int, key: str, before: dict[str, Any], inner: bool = False) -> Reader[tuple[int, Any]]:
+        is_object, name = said.text[at : at + 1] == "{", before.get("name")
+        if key == "function" and not inner and told:
+            raise NoCall
+        if key == "function" and not inner and is_object:
+            return (yield from _members(said, at, partial(read, inner=True)))
+        is_call = before.get("type", "function") == "function" and not told and "function" not in before
+        if key in ("parameters", "arguments") and is_object and is_call and isinstance(name, str) and said.allows(name):
+            told.append(name)
+            return (yield from _arguments(said, at, name))
+        return (yield from value(said, at, JSON))
+
+    end, found = yield from _members(said, 0, read)
+    call = _call_of(found)
+    if not said.allows(call.name):
+        raise NoCall
+    yield from [_end(call)] if told else _whole(call)
+    return end, call
 
 
 def _call_of(value: dict[str, Any]) -> ToolCall:

@@ -1,23 +1,28 @@
 """Reads values within text that is still being said: where a literal of Python or JSON ends, and what it says.
 
-Each reader is a generator, which yields when it needs more text than there is, and raises NoCall.
+Each reader is a generator, which yields None when it needs more text than there is, gives parts of a call as soon as
+they are said, and raises NoCall.
 """
 
 import ast
 import json
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from herd.prompt.tools import CallPart
+
 T = TypeVar("T")
-Reader = Generator[None, None, T]
+Reader = Generator[CallPart | None, None, T]
 
 _DEPTH = 64  # brackets within brackets
 _AHEAD = 16  # characters; no mark is longer
+BLANK = re.compile(r"\s{0,256}")
 _CLOSE = {"(": ")", "[": "]", "{": "}"}
-PYTHON_MARKS = re.compile(r"\"\"\"|'''|[\"'()\[\]{},]")
-JSON_MARKS = re.compile(r"[\"\[\]{}]")
+_PYTHON_MARKS = re.compile(r"\"\"\"|'''|[\"'()\[\]{},]")
+_JSON_MARKS = re.compile(r"[\"\[\]{},]")
 _STRING_MARKS = {quote: re.compile(rf"\\|{quote}") for quote in ('"', "'", '"""', "'''")}
 _HALF = {'"', '""', "'", "''"}  # may go on to three quotes
 # What literals are made of: nothing that could be evaluated or that Python warns of.
@@ -39,11 +44,14 @@ class NoCall(Exception):
 
 
 class Said:
-    """What was said and not given back yet; it grows until it is ended."""
+    """What was said and not given back yet; it grows until it is ended. names: that may be called; None: any."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, names: frozenset[str] | None = None) -> None:
+        self.text, self.names = "", names
         self.ended = False
+
+    def allows(self, name: str) -> bool:
+        return self.names is None or name in self.names
 
 
 def no_call(certain: int = 1) -> NoReturn:
@@ -112,6 +120,72 @@ def _finite(source: str) -> float:
     return value if math.isfinite(value) else no_call()
 
 
+@dataclass(frozen=True)
+class Language:
+    """How values are written. of: what a literal says. texts: what texts are made of, whole, by their quotes, as far as
+    each character stands for itself."""
+
+    marks: re.Pattern[str]
+    of: Callable[[str], Any]
+    escape: re.Pattern[str]
+    texts: Mapping[str, re.Pattern[str]]
+
+    @classmethod
+    def with_escapes(cls, marks: re.Pattern[str], of: Callable[[str], Any], escape: str, *quotes: str) -> "Language":
+        texts = dict[str, re.Pattern[str]]()
+        for quote in quotes:
+            one = rf"[^\\{quote[0]}\r]|{escape}"
+            if len(quote) == 3:  # one or two of them that do not end it
+                one += rf"|{quote[0]}(?!{quote[1:]})(?=..)"
+            texts[quote] = re.compile(f"(?:{one})*", re.DOTALL)
+        return cls(marks, of, re.compile(escape, re.DOTALL), texts)
+
+
+_OCTAL = r"[0-7]{3}|[0-7]{1,2}(?=[^0-7])"
+PYTHON = Language.with_escapes(
+    _PYTHON_MARKS, of_python, rf"\\(?:[^xuUN0-7\r]|x..|u....|U.{{8}}|N{{[^}}]*}}|{_OCTAL})", *_STRING_MARKS
+)
+JSON = Language.with_escapes(_JSON_MARKS, of_json, r"\\(?:[^u]|u....)", '"')
+
+
+def value(said: Said, at: int, language: Language, told: bool = False) -> Reader[tuple[int, Any]]:
+    """A value, and where the comma or closing bracket behind it is. told: it is given as JSON, too, a text while it is
+    being said, all else as soon as it is whole."""
+    reader, sent, seen = value_end(said, at, language.marks), "", at
+    while True:
+        try:
+            next(reader)
+        except StopIteration as done:
+            end: int = done.value
+            break
+        if told:
+            seen, piece = _more(said.text, at, seen, language)
+            if piece:
+                piece = piece if sent else f'"{piece}'
+                sent += piece
+                yield CallPart(arguments=piece)
+        yield None
+    found = language.of(said.text[at:end])
+    if told:
+        whole = json.dumps(found, allow_nan=False)
+        assert whole.startswith(sent), "what was given of a text is how it begins"
+        yield CallPart(arguments=whole[len(sent) :])
+    return end, found
+
+
+def _more(text: str, at: int, seen: int, language: Language) -> tuple[int, str]:
+    """What a text that begins at `at` goes on with behind `seen`, as JSON, and how far that is."""
+    three = text[at : at + 3]
+    quote = three if three in language.texts else three[:1]
+    if quote not in language.texts or (three in _HALF and 3 * quote in language.texts):
+        return seen, ""
+    seen = max(seen, at + len(quote))
+    found = language.texts[quote].match(text, seen)
+    assert found is not None
+    said = language.escape.sub(lambda escape: language.of(f'"{escape[0]}"'), found[0])
+    return found.end(), json.dumps(said)[1:-1]
+
+
 def value_end(said: Said, at: int, marks: re.Pattern[str]) -> Reader[int]:
     """Where the first comma or closing bracket is that does not belong to the value itself."""
     closing = list[str]()
@@ -128,13 +202,14 @@ def value_end(said: Said, at: int, marks: re.Pattern[str]) -> Reader[int]:
             if not closing:
                 return found.start()
         else:
-            at = yield from _string_end(said, mark, at)
+            at = yield from string_end(said, mark, at)
         if len(closing) > _DEPTH:
             raise NoCall
     raise NoCall
 
 
-def _string_end(said: Said, quote: str, at: int) -> Reader[int]:
+def string_end(said: Said, quote: str, at: int) -> Reader[int]:
+    """Where the text ends that goes on at `at`."""
     while found := (yield from find(said, _STRING_MARKS[quote], at)):
         if found[0] == quote:
             return found.end()
@@ -146,13 +221,13 @@ def find(said: Said, marks: re.Pattern[str], at: int) -> Reader[re.Match[str] | 
     """The next of some marks; None if the text ends before."""
     while True:
         found = marks.search(said.text, at)
-        half = marks is PYTHON_MARKS and found and said.text[found.start() : found.start() + 3] in _HALF
+        half = marks is _PYTHON_MARKS and found and said.text[found.start() : found.start() + 3] in _HALF
         if found and (said.ended or not half):
             return found
         if said.ended:
             return None
         at = max(at, found.start() if found else len(said.text) - _AHEAD)
-        yield
+        yield None
 
 
 def run(said: Said, at: int, pattern: re.Pattern[str]) -> Reader[int]:
@@ -162,11 +237,11 @@ def run(said: Said, at: int, pattern: re.Pattern[str]) -> Reader[int]:
         end = found.end() if found else at
         if end < len(said.text) or said.ended:
             return end
-        yield
+        yield None
 
 
 def goes_on(said: Said, at: int, words: str) -> Reader[bool]:
     """Whether these words come next."""
     while not said.text.startswith(words, at) and words.startswith(said.text[at:]) and not said.ended:
-        yield
+        yield None
     return said.text.startswith(words, at)

@@ -53,6 +53,19 @@ class ToolCall:
         return json.dumps(self.arguments, allow_nan=False)
 
 
+@dataclass(frozen=True)
+class CallPart:
+    """What a call goes on with while it is being said: its name, then pieces that joined are its `arguments_json`.
+
+    ends: with this piece the call is whole. What no piece ends was no call, and comes as text, too; its pieces are no
+    whole JSON.
+    """
+
+    name: str | None = None
+    arguments: str = ""
+    ends: bool = False
+
+
 def tools_text(tools: Sequence[Mapping[str, Any]], form: ToolForm = "pythonic") -> str:
     """What a system prompt says of tools, and in which form they are to be called.
 

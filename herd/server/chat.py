@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse, Response
 
 from herd.context.citations import Citation
 from herd.engine import Token
-from herd.prompt import Tokenizer, ToolCall
+from herd.prompt import CallPart, Tokenizer
 from herd.server.asking import Asked, Plan, ask, chat_plan
 from herd.server.asks import End
-from herd.server.say import chat_logprobs, finish_of, saying
+from herd.server.say import Part, chat_logprobs, finish_of, saying
 from herd.server.schemas import ChatRequest
 from herd.server.state import client, server
 from herd.server.streaming import DONE, EventStream, event, unless_gone
@@ -45,7 +45,7 @@ async def _begin(request: Request, body: ChatRequest) -> Asked:
 
 async def _whole(tokenizer: Tokenizer, asked: Asked, head: dict[str, Any]) -> dict[str, Any]:
     count = len(asked.voices)
-    parts: list[list[str | ToolCall]] = [[] for _ in range(count)]
+    parts: list[list[Part]] = [[] for _ in range(count)]
     tokens: list[list[Token]] = [[] for _ in range(count)]
     ends = dict[int, End]()
     async with asked.answers:
@@ -91,8 +91,10 @@ async def _events(tokenizer: Tokenizer, asked: Asked, head: dict[str, Any], with
             if isinstance(part, str):
                 delta: dict[str, Any] = {"content": part}
             else:
-                delta = {"tool_calls": [{"index": called[said.index], **call_json(part)}]}
-                called[said.index] += 1
+                called[said.index] += part.name is not None
+                begun = {} if part.name is None else call_json(part.name)
+                function = {**begun.get("function", {}), "arguments": part.arguments}
+                delta = {"tool_calls": [{**begun, "index": called[said.index] - 1, "function": function}]}
             yield chunk(said.index, delta, tokens)
             tokens = ()
         if tokens and chat_logprobs(tokenizer, tokens) is not None:
@@ -106,8 +108,8 @@ async def _events(tokenizer: Tokenizer, asked: Asked, head: dict[str, Any], with
     yield DONE
 
 
-def _message(parts: list[str | ToolCall], end: End) -> dict[str, Any]:
-    calls = [call_json(part) for part in parts if isinstance(part, ToolCall)]
+def _message(parts: list[Part], end: End) -> dict[str, Any]:
+    calls = calls_json(parts)
     text = "".join(part for part in parts if isinstance(part, str))
     if not calls:
         return {"role": "assistant", "content": text, "refusal": None, **_cited(end)}
@@ -129,10 +131,21 @@ def citation_json(citation: Citation) -> dict[str, Any]:
     }
 
 
-def call_json(call: ToolCall) -> dict[str, Any]:
-    """A tool call with a new id."""
-    function = {"name": call.name, "arguments": call.arguments_json}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+def call_json(name: str) -> dict[str, Any]:
+    """A tool call that begins, with a new id."""
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def calls_json(parts: Iterable[Part]) -> list[dict[str, Any]]:
+    """Tool calls whose parts these are; those without an end were none."""
+    calls = list[dict[str, Any]]()
+    call = call_json("")
+    for part in parts:
+        if isinstance(part, CallPart):
+            call = call if part.name is None else call_json(part.name)
+            call["function"]["arguments"] += part.arguments
+            calls += [call] if part.ends else []
+    return calls
 
 
 def usage(prompt: int, generated: int, ends: Any) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, JsonValue, ValidationError
 
-from herd.prompt import ToolCall
+from herd.prompt import CallPart
 from herd.server.asking import Asked, ask, chat_plan
 from herd.server.asks import End
 from herd.server.chat import citation_json
 from herd.server.errors import ApiError, told
-from herd.server.say import saying
+from herd.server.say import Part, saying
 from herd.server.schemas import Body, ChatRequest, Choice, Definition, Name, Text, TextPart
 from herd.server.state import client, server
 from herd.server.streaming import EventStream, event, unless_gone
@@ -123,13 +123,13 @@ class _Output:
     items: list[dict[str, Any]] = field(default_factory=list)
     open: dict[str, Any] | None = None
 
-    def take(self, part: str | ToolCall) -> Iterator[tuple[str, dict[str, Any]]]:
+    def take(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         """Go on with text or a call; the events of that."""
-        if isinstance(part, ToolCall):
-            yield from self.close()
+        if isinstance(part, CallPart):
             yield from self._call(part)
             return
-        if self.open is None:
+        if self.open is None or self.open["type"] != "message":
+            yield from self.close()
             content = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             self.open = {
                 "type": "message",
@@ -149,6 +149,9 @@ class _Output:
         """End the item that is open."""
         if self.open is None:
             return
+        if self.open["type"] == "function_call":
+            yield from self._end_call("incomplete")
+            return
         part, self.open["status"] = self.open["content"][0], "completed"
         yield "output_text.done", {**self._where(), "text": part["text"], "logprobs": []}
         yield "content_part.done", {**self._where(), "part": part}
@@ -157,18 +160,32 @@ class _Output:
 
     def cite(self, end: End) -> None:
         """Say where an answer comes from."""
-        if end.citations and self.open is not None:
+        if end.citations and self.open is not None and self.open["type"] == "message":
             self.open["citations"] = [citation_json(citation) for citation in end.citations]
 
-    def _call(self, call: ToolCall) -> Iterator[tuple[str, dict[str, Any]]]:
-        item = {"type": "function_call", "id": _id("fc"), "call_id": _id("call"), "name": call.name}
-        self.items.append({**item, "arguments": call.arguments_json, "status": "completed"})
-        place = {"output_index": self._at, "item_id": item["id"]}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield "output_item.added", {"output_index": self._at, "item": begun}
-        yield "function_call_arguments.delta", {**place, "delta": call.arguments_json}
-        yield "function_call_arguments.done", {**place, "name": call.name, "arguments": call.arguments_json}
-        yield "output_item.done", {"output_index": self._at, "item": self.items[-1]}
+    def _call(self, part: CallPart) -> Iterator[tuple[str, dict[str, Any]]]:
+        if part.name is not None:
+            yield from self.close()
+            item = {"type": "function_call", "id": _id("fc"), "call_id": _id("call"), "name": part.name}
+            self.open = {**item, "arguments": "", "status": "in_progress"}
+            self.items.append(self.open)
+            yield "output_item.added", {"output_index": self._at, "item": dict(self.open)}
+        assert self.open is not None and self.open["type"] == "function_call"
+        if part.arguments:
+            self.open["arguments"] += part.arguments
+            place = {"output_index": self._at, "item_id": self.open["id"]}
+            yield "function_call_arguments.delta", {**place, "delta": part.arguments}
+        if part.ends:
+            yield from self._end_call("completed")
+
+    def _end_call(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """End the call that is open. An incomplete one was none, and comes as text, too."""
+        assert self.open is not None
+        item, self.open = self.open, None
+        item["status"] = status
+        said = {"name": item["name"], "arguments": item["arguments"]}
+        yield "function_call_arguments.done", {"output_index": self._at, "item_id": item["id"], **said}
+        yield "output_item.done", {"output_index": self._at, "item": item}
 
     @property
     def _at(self) -> int:
@@ -211,7 +228,8 @@ async def _whole(asked: Asked, head: dict[str, Any]) -> dict[str, Any]:
     async with asked.answers:
         async for kind, value in _happenings(asked, head):
             if kind in ("completed", "incomplete"):
-                return dict(value["response"])
+                said = dict(value["response"])
+                return {**said, "output": [item for item in said["output"] if item["status"] != "incomplete"]}
     raise AssertionError("an answer ends")
 
 

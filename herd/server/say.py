@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from herd.engine import Token
-from herd.prompt import Called, CallParser, StopText, Tokenizer, ToolCall
+from herd.prompt import CallParser, CallPart, StopText, Tokenizer
+from herd.prompt.calls import Event
 from herd.prompt.llama4 import PYTHON_START
 from herd.server.asks import Answers, End
+
+Part = str | CallPart  # of an answer: text, or what a call goes on with
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,15 @@ class Spec:
 
 
 class Voice:
-    """Turns the tokens of one answer into text, up to a stop string, and calls. Nothing that was said is taken back."""
+    """Turns the tokens of one answer into text, up to a stop string, and parts of calls. Nothing that was said is taken
+    back: of what turns out to be no call, and becomes text, some parts may have been told, but no end."""
 
     def __init__(self, tokenizer: Tokenizer, spec: Spec) -> None:
         # Code is called between special tokens, which are then part of the text until it was looked through.
         marks = bool(spec.tools) and PYTHON_START in tokenizer.special_tokens
         self._ends, self._spec = frozenset(tokenizer.eos_ids), spec
         self._text, self._stops = tokenizer.stream(keep_special=marks), StopText(spec.stops)
-        self._parser = CallParser() if spec.tools else None
+        self._parser = CallParser(spec.tools) if spec.tools else None
         self.calls = 0
 
     @property
@@ -35,20 +39,20 @@ class Voice:
         """Whether what comes now does not matter."""
         return self._stops.found is not None or (self._spec.single and self.calls > 0)
 
-    def push(self, token: Token) -> list[str | ToolCall]:
+    def push(self, token: Token) -> list[Part]:
         """What is certain with this token."""
         if token.id in self._ends or self.done:
             return []
         return self._say(self._stops.push(self._text.push(token.id)))
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[Part]:
         """What was held back."""
         if self.done:
             return []
         said = self._say(self._stops.push(self._text.finish()) + self._stops.finish())
         return said if self._parser is None else [*said, *self._events(self._parser.finish())]
 
-    def _say(self, text: str) -> list[str | ToolCall]:
+    def _say(self, text: str) -> list[Part]:
         if self._parser is None or not text:
             return [text] if text else []
         said = self._events(self._parser.push(text))
@@ -56,20 +60,14 @@ class Voice:
             said += self._events(self._parser.finish())
         return said
 
-    def _events(self, events: Sequence[str | Called]) -> list[str | ToolCall]:
-        """Calls of tools that there are; others are text."""
-        said = list[str | ToolCall]()
+    def _events(self, events: Sequence[Event]) -> list[Part]:
+        said = list[Part]()
         for event in events:
             if isinstance(event, str):
                 said.append(event)
-            elif self._spec.single and self.calls:
-                continue
-            elif all(call.name in self._spec.tools for call in event.calls):
-                calls = event.calls[:1] if self._spec.single else event.calls
-                self.calls += len(calls)
-                said += calls
-            else:
-                said.append(event.text)
+            elif isinstance(event, CallPart) and not (self._spec.single and self.calls):
+                self.calls += event.ends
+                said.append(event)
         return said
 
     def stopped(self, token: Token) -> bool:
@@ -83,7 +81,7 @@ class Said:
     """What answer `index` goes on with; end: how it ends with that."""
 
     index: int
-    parts: list[str | ToolCall]
+    parts: list[Part]
     tokens: tuple[Token, ...]
     end: End | None = None
 

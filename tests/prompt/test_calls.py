@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd.prompt.calls import Called, CallParser, parse_calls
-from herd.prompt.tools import ToolCall, write
+from herd.prompt.calls import Called, CallParser, Event, parse_calls
+from herd.prompt.tools import CallPart, ToolCall, write
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
 VALUES = st.recursive(
@@ -30,21 +30,47 @@ BITS = st.sampled_from(
 TEXTS = st.lists(BITS | st.sampled_from([" ", "\n", "é", "plain words"]) | st.text(max_size=3)).map("".join)
 
 
-def cut(text: str, places: list[int]) -> list[str | Called]:
+def cut(text: str, places: list[int], names: frozenset[str] | None = None) -> list[Event]:
     """What a parser makes of a text that comes in pieces."""
-    parser, events, at = CallParser(), [], 0
+    parser, events, at = CallParser(names), [], 0
     for place in sorted(place % (len(text) + 1) for place in places):
         events += parser.push(text[at:place])
         at = place
     return [*events, *parser.push(text[at:]), *parser.finish()]
 
 
-def whole(events: list[str | Called]) -> str:
-    return "".join(event.text if isinstance(event, Called) else event for event in events)
+def whole(events: list[Event]) -> str:
+    said = [event.text if isinstance(event, Called) else event for event in events if not isinstance(event, CallPart)]
+    return "".join(said)
 
 
-def calls(events: list[str | Called]) -> list[ToolCall]:
+def calls(events: list[Event]) -> list[ToolCall]:
     return [call for event in events if isinstance(event, Called) for call in event.calls]
+
+
+def streamed(events: list[Event]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Name and arguments of the calls that parts make up: those that ended, and the others."""
+    made, ended = list[list[str]](), list[bool]()
+    for event in events:
+        if isinstance(event, CallPart) and event.name is not None:
+            made.append([event.name, ""])
+            ended.append(False)
+        if isinstance(event, CallPart):
+            assert not ended[-1], "nothing comes behind an end"
+            made[-1][1] += event.arguments
+            ended[-1] = event.ends
+    both = [(one[0], one[1]) for one in made]
+    return [one for one, end in zip(both, ended, strict=True) if end], [
+        one for one, end in zip(both, ended, strict=True) if not end
+    ]
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 @given(TEXTS | st.text(), st.lists(st.integers(0, 1000), max_size=9))
@@ -52,12 +78,17 @@ def test_no_character_is_lost(text, places):
     events = cut(text, places)
     assert whole(events) == text
     assert [e for e in events if isinstance(e, Called)] == [e for e in parse_calls(text) if isinstance(e, Called)]
+    ended, others = streamed(events)
+    assert ended == [(call.name, call.arguments_json) for call in calls(events)]
+    assert not any(is_json(arguments) for _, arguments in others), "what is no call cannot be taken for one"
 
 
 @given(st.lists(CALLS, max_size=3), st.sampled_from(["pythonic", "json", "tag"]), st.lists(st.integers(0, 1000)))
 def test_what_was_written_is_read(made, form, places):
     text = "".join(write(made, form))
-    assert calls(cut(f"Let me look.\n{text}", places)) == made
+    events = cut(f"Let me look.\n{text}", places)
+    assert calls(events) == made
+    assert streamed(events) == ([(call.name, call.arguments_json) for call in calls(events)], [])
     assert whole(parse_calls(text)) == text
     assert all(isinstance(event, Called) for event in parse_calls(text)), "no part of a call is given as text"
 
@@ -161,7 +192,8 @@ def test_forms(text, found):
 )
 def test_what_is_no_call_is_text(text):
     assert parse_calls(text) == [text]
-    assert "".join(map(str, cut(text, list(range(len(text)))))) == text
+    events = cut(text, list(range(len(text))))
+    assert whole(events) == text and not calls(events) and streamed(events)[0] == []
 
 
 def test_text_comes_at_once_and_calls_when_they_end():
@@ -169,17 +201,18 @@ def test_text_comes_at_once_and_calls_when_they_end():
     said = ["Sure", ".\n", "[", "get", "(a='", "x", "')", ", g()", "]", " ok", " [1", "]\n", "[t](", "u)", "<", "b>"]
     got = [parser.push(piece) for piece in said]
     both = Called("[get(a='x'), g()]", (ToolCall("get", {"a": "x"}), ToolCall("g", {})))
-    waits = [[]] * 6
-    assert got[:9] == [["Sure"], [".\n"], *waits, [both]]
+    told = [[CallPart("get"), CallPart(arguments='{"a": ')], [CallPart(arguments='"x')], [CallPart(arguments='"')]]
+    second, last = [CallPart(arguments="}", ends=True), CallPart("g")], CallPart(arguments="{}", ends=True)
+    assert got[:9] == [["Sure"], [".\n"], [], [], *told, second, [last, both]]
     assert got[9:] == [[" ok"], [" [1"], ["]\n"], ["[t]("], ["u)"], [], ["<b>"]]
     assert parser.finish() == []
 
 
 def test_unfinished_calls_are_given_back():
     for text in ('[f(a="x', '{"name": "f", "param', "<function=f>{", "<function", 'brave_search.call(query="x'):
-        parser = CallParser()
-        assert parser.push(text) == []
-        assert parser.finish() == [text]
+        events = cut(text, [])
+        assert whole(events) == text and not calls(events)
+        assert not any(isinstance(event, str) for event in CallParser().push(text))
 
 
 @pytest.mark.parametrize(

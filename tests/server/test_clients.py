@@ -55,6 +55,10 @@ def test_openai_tools_and_schemas(served: Served, client: openai.OpenAI) -> None
     [call] = message.tool_calls
     assert call.type == "function" and fits(call.function.arguments)
     result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    with client.chat.completions.stream(**required) as stream:
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
+    assert [one.function.arguments for one in choice.message.tool_calls] == [call.function.arguments]
     again: Any = {**required, "messages": [*TURN, message, result], "tool_choice": "auto"}
     assert client.chat.completions.create(**again, max_tokens=2).choices
 
@@ -130,7 +134,11 @@ def test_openai_responses_with_tools(client: openai.OpenAI) -> None:
     assert client.responses.create(model="tiny", input=turns, tools=[tool], max_output_tokens=2).output
     events = list(client.responses.create(input="Weather?", **settings, stream=True))
     [done] = [event for event in events if event.type == "response.function_call_arguments.done"]
-    assert fits(done.arguments)
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert fits(done.arguments) and "".join(deltas) == done.arguments and len(deltas) > 3
+    with client.responses.stream(input="Weather?", **settings) as stream:
+        [call] = stream.get_final_response().output
+    assert call.type == "function_call" and call.status == "completed" and fits(call.arguments)
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model="tiny", input="x", previous_response_id=made.id)
 

@@ -8,9 +8,11 @@ import pytest
 
 import herd
 from herd.engine import Token
-from herd.prompt import ToolCall
+from herd.prompt import CallPart
 from herd.server.asking import conversation_ids
-from herd.server.say import Spec, Voice
+from herd.server.chat import calls_json
+from herd.server.responses import _Output
+from herd.server.say import Part, Spec, Voice
 from herd.server.schemas import Message, Tool
 from tests.server.served import Served, user
 
@@ -55,8 +57,10 @@ def test_a_tool_that_must_be_called_is(served: Served, choice: Any) -> None:
     assert call["type"] == "function" and call["id"] and call["function"]["name"] == "get_weather"
     assert fits(call["function"]["arguments"])
     chunks = [chunk["choices"][0] for chunk in served.events(**body)]
-    [delta] = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
-    assert delta["index"] == 0 and delta["function"] == call["function"]
+    first, *more = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
+    assert first["index"] == 0 and first["id"] and first["function"] == {"name": "get_weather", "arguments": ""}
+    assert all(delta.keys() == {"index", "function"} and delta["index"] == 0 for delta in more) and len(more) > 3
+    assert "".join(delta["function"]["arguments"] for delta in more) == call["function"]["arguments"]
     assert not any(chunk["delta"].get("content") for chunk in chunks)
     assert chunks[-1]["finish_reason"] == "tool_calls"
 
@@ -145,10 +149,10 @@ def test_tools_are_told_where_the_template_does_not(served: Served) -> None:
 
 
 @pytest.fixture
-def say(model: herd.Model) -> Callable[..., tuple[list[str | ToolCall], Voice]]:
+def say(model: herd.Model) -> Callable[..., tuple[list[Part], Voice]]:
     """What a voice makes of a text that the model says."""
 
-    def said(text: str, **spec: Any) -> tuple[list[str | ToolCall], Voice]:
+    def said(text: str, **spec: Any) -> tuple[list[Part], Voice]:
         voice = Voice(model.tokenizer, Spec(**spec))
         parts = [part for id in model.tokenizer.encode(text) for part in voice.push(Token(0, id, None))]
         return parts + voice.finish(), voice
@@ -156,32 +160,62 @@ def say(model: herd.Model) -> Callable[..., tuple[list[str | ToolCall], Voice]]:
     return said
 
 
+def calls(parts: list[Part]) -> list[tuple[str, str]]:
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls_json(parts)]
+
+
+def text_of(parts: list[Part]) -> str:
+    return "".join(part for part in parts if isinstance(part, str))
+
+
 NAMES = frozenset({"get_weather", "get_time"})
-ROME = ToolCall("get_weather", {"city": "Rome"})
+ROME, NOW = ("get_weather", '{"city": "Rome"}'), ("get_time", "{}")
+FORMS = [
+    '[get_weather(city="Rome")]',
+    '{"name": "get_weather", "parameters": {"city": "Rome"}}',
+    '<function=get_weather>{"city": "Rome"}</function>',
+    '{"type": "function", "function": {"name": "get_weather", "arguments": "{\\"city\\": \\"Rome\\"}"}}',
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[get_weather(city="Rome")]',
-        '{"name": "get_weather", "parameters": {"city": "Rome"}}',
-        '<function=get_weather>{"city": "Rome"}</function>',
-        '{"type": "function", "function": {"name": "get_weather", "arguments": "{\\"city\\": \\"Rome\\"}"}}',
-    ],
-)
-def test_calls_of_all_forms(say: Callable[..., tuple[list[str | ToolCall], Voice]], text: str) -> None:
+@pytest.mark.parametrize("text", FORMS)
+def test_calls_of_all_forms(say: Callable[..., tuple[list[Part], Voice]], text: str) -> None:
     parts, voice = say(text, tools=NAMES)
-    assert parts == [ROME] and voice.calls == 1
+    assert calls(parts) == [ROME] and not text_of(parts) and voice.calls == 1
     parts, voice = say(text, tools=frozenset({"other"}))
-    assert "".join(map(str, parts)) == text and not voice.calls, "a call of no tool is text"
+    assert parts and all(isinstance(part, str) for part in parts), "a call of no tool is text"
+    assert text_of(parts) == text and not voice.calls
     parts, voice = say(text)
-    assert "".join(map(str, parts)) == text
+    assert text_of(parts) == text
 
 
-def test_one_call_if_one_is_wanted(say: Callable[..., tuple[list[str | ToolCall], Voice]]) -> None:
+def test_one_call_if_one_is_wanted(say: Callable[..., tuple[list[Part], Voice]]) -> None:
     text = 'Let me see.\n[get_weather(city="Rome"), get_time()] and [get_time()]'
     parts, voice = say(text, tools=NAMES)
-    assert [part for part in parts if isinstance(part, ToolCall)] == [ROME, ToolCall("get_time", {})]
+    assert calls(parts) == [ROME, NOW]
     parts, voice = say(text, tools=NAMES, single=True)
-    assert "".join(part for part in parts if isinstance(part, str)) == "Let me see.\n"
-    assert [part for part in parts if isinstance(part, ToolCall)] == [ROME] and voice.done
+    assert text_of(parts) == "Let me see.\n"
+    assert calls(parts) == [ROME] and voice.done
+
+
+def test_what_turns_out_to_be_no_call_is_text_and_has_no_end(say: Callable[..., tuple[list[Part], Voice]]) -> None:
+    text = '[get_weather(city="Rome", days=days)]'
+    parts, voice = say(text, tools=NAMES)
+    told = [part for part in parts if isinstance(part, CallPart)]
+    assert told[0].name == "get_weather" and not any(part.ends for part in told)
+    assert text_of(parts) == text and calls(parts) == [] and not voice.calls
+
+
+def test_responses_say_which_call_was_none() -> None:
+    output = _Output()
+    parts: list[Part] = [CallPart("f"), CallPart(arguments='{"a": '), "[f(a=b)]", CallPart("g")]
+    events = [one for part in [*parts, CallPart(arguments="{}", ends=True)] for one in output.take(part)]
+    assert [item["status"] for item in output.items] == ["incomplete", "completed", "completed"]
+    assert [item["type"] for item in output.items] == ["function_call", "message", "function_call"]
+    assert output.items[2]["arguments"] == "{}"
+    assert [kind for kind, _ in events[:4]] == [
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+    ]
