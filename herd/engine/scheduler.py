@@ -74,7 +74,7 @@ class Scheduler:
         return pieces
 
     def _shares(self) -> dict[Job, int]:
-        """Tokens that are seen of each prompt: half of all are the oldest's, so that it goes on, whatever comes; then
+        """Tokens that are seen of each prompt: a quarter of all is the oldest's, so that it goes on, whatever comes; then
         those come that have the fewest left, so that a short one does not wait for a long one."""
         prompts = [job for job in self.running if not job.answering]
         shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) > 1]
@@ -86,7 +86,7 @@ class Scheduler:
             return count
 
         for job in prompts[:1]:
-            left -= give(job, (left + 1) // 2)
+            left -= give(job, (left + 3) // 4)
         for job in sorted(prompts, key=lambda job: len(job.ids) - job.seen):
             left -= give(job, left)
         return shares

@@ -15,7 +15,7 @@ from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
 
 ROOM = 2048  # tokens that the next turns of a conversation may take behind the first
-BESIDE = 256  # tokens of prompts in a step, where several requests run
+BESIDE = 192  # tokens of prompts in a step, where several requests run
 KEPT = 16  # conversations of an engine that may be gone on from
 
 
