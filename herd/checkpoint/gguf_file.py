@@ -96,6 +96,7 @@ class GgufFile:
                 out[at : at + step] = torch.from_numpy(np.array(values, dtype=np.float32))
         except (NotImplementedError, ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(f"{self.path}: cannot dequantise {name} ({info.kind.name}): {error!r}") from error
+        header.forget(info.offset + first * row_bytes, count * row_bytes)
         return out
 
     def _find(self, name: str) -> tuple[Header, TensorInfo]:

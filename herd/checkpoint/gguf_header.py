@@ -69,6 +69,12 @@ class Header:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.path}: {name} is not UTF-8: {error}") from error
 
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Bytes that were read are not needed soon: leave them to the file, where the system can be told so."""
+        first, last = -(-offset // mmap.PAGESIZE), (offset + nbytes) // mmap.PAGESIZE  # whole pages: others have more
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self.data.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
     def _read(self) -> None:
         if self.data[:4] != b"GGUF":
             raise ValueError("it does not start with 'GGUF'")

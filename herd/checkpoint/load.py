@@ -14,6 +14,7 @@ from herd.checkpoint.shapes import text_shapes, vision_shapes
 from herd.checkpoint.weights import Weights
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError
+from herd.kernels.heap import give_back
 from herd.model import Transformer
 from herd.model.vision import Vision
 
@@ -59,6 +60,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bo
             value = weights.finite(name, dtype) if check_finite else weights.tensor(name, dtype)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
+            give_back()
         if weights.text.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()

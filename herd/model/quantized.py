@@ -17,6 +17,7 @@ from herd.errors import ConfigError
 from herd.formats import Format, Weights
 from herd.kernels import PlainWeight, Weight, kept_codes, linear, native, panels, runs_layers, scaled, swiglu
 from herd.kernels import pack as pack_weight
+from herd.kernels.heap import give_back
 from herd.kernels.layers import Layer, Mlp, interleaved
 from herd.kernels.native import PackedWeight
 from herd.model.moe import Experts, MoE
@@ -103,13 +104,15 @@ def pack(transformer: Transformer, weights: Weights) -> None:
     transformer.model.layers = nn.ModuleList()  # type: ignore[assignment]
     while blocks:
         packed.append(pack_block(blocks.pop(0), weights))
+        give_back()
     head = pack_rows(_rows(transformer.lm_head), weights.head)
     transformer.packed = Packed(transformer.config, packed, transformer.model.norm.weight.detach().float(), head)
     del transformer.lm_head
 
 
 def pack_block(block: Block, weights: Weights) -> Layer:
-    """One layer for the native library. Weights that are quantised already keep their codes."""
+    """One layer for the native library; the block loses its experts. Weights that are quantised already keep their
+    codes."""
     attn, ff = block.self_attn, block.feed_forward
     moe, shared = (ff, ff.shared_expert) if isinstance(ff, MoE) else (None, ff)
     qkv = _changed(lambda *parts: torch.cat(parts), _rows(attn.q_proj), _rows(attn.k_proj), _rows(attn.v_proj))
@@ -160,21 +163,26 @@ def _mlp(gate_FD: Rows, up_FD: Rows, down_DF: Rows, form: Format) -> Mlp:
     return Mlp(pack_rows(_changed(interleaved, gate_FD, up_FD), form), pack_rows(down_DF, form))
 
 
-def _experts(experts: nn.Module, form: Format) -> Iterator[Mlp]:
-    for gate_up, down in _experts_rows(experts):
-        gate, up = (_changed(lambda rows, half=half: rows.chunk(2)[half], gate_up) for half in (0, 1))
-        yield _mlp(gate, up, down, form)
+def _experts(experts: nn.Module, form: Format) -> list[Mlp]:
+    """All gates and ups, then all downs, so that a layer's numbers are given up in two steps."""
+    gate_ups = list[PackedWeight]()
+    for rows in _given_up(experts, "gate_up"):
+        gate, up = (_changed(lambda rows, half=half: rows.chunk(2)[half], rows) for half in (0, 1))
+        gate_ups.append(pack_rows(_changed(interleaved, gate, up), form))
+        del rows, gate, up
+        give_back()
+    downs = [pack_rows(rows, form) for rows in _given_up(experts, "down")]
+    return list(map(Mlp, gate_ups, downs))
 
 
-def _experts_rows(experts: nn.Module) -> Iterator[tuple[Rows, Rows]]:
-    """Gates above ups, and down, of each expert, [out, in]."""
+def _given_up(experts: nn.Module, part: str) -> Iterator[Rows]:
+    """Gates above ups, or down, of each expert, [out, in]; the experts lose them."""
     if isinstance(experts, QuantizedExperts):
-        for gate_up, down in zip(experts.gate_up, experts.down, strict=True):
-            yield kept_codes(gate_up), kept_codes(down)
-    else:
-        plain = cast(Experts, experts)
-        for gate_up_DF, down_FD in zip(plain.gate_up_proj.detach(), plain.down_proj.detach(), strict=True):
-            yield gate_up_DF.T, down_FD.T
+        yield from map(kept_codes, getattr(experts, part))
+        return
+    weight_EKN = getattr(experts, f"{part}_proj").detach()
+    delattr(experts, f"{part}_proj")
+    yield from (weight_KN.T for weight_KN in weight_EKN)
 
 
 def _sizes(transformer: Transformer, weights: Weights) -> Iterator[tuple[str, Format, int, int]]:

@@ -110,7 +110,7 @@ def test_packed_weights_are_those_of_each_part_in_its_format(packable: Transform
         "experts": (lambda x: [e.down for e in x.experts], [w.T for w in moe.experts.down_proj]),
     }
     for part in weights_of:
-        layer = pack_block(block, parse(f"{part}={text}"))
+        layer = pack_block(deepcopy(block), parse(f"{part}={text}"))
         for name, (packed, plain) in weights_of.items():
             for ours, w_NK in zip(packed(layer), plain, strict=True):
                 wanted = expected(w_NK.detach(), text) if name == part else w_NK.float()
