@@ -70,8 +70,8 @@ def test_a_bounded_model_reads_and_answers(packed: Path, tmp_path: Path) -> None
 
 def test_what_cannot_be_is_refused(plain: Path, packed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"need [\d,]+ bytes of memory at least; there are 1,024"):
-        herd.load(packed, memory="1K")
-    with pytest.raises(ConfigError, match="such as 3G"):
+        herd.load(packed, memory="1Ki")
+    with pytest.raises(ConfigError, match="memory is 'much'; give a number above 0, such as 80G"):
         herd.load(packed, memory="much")
     with pytest.raises(ConfigError, match="packed: they have their format"):
         herd.load(f"{packed}@int8")

@@ -1,22 +1,17 @@
 """How much memory there is: what this process may still take."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from herd.errors import ConfigError
+from herd.units import parse_number
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes from a number with K, M, G or T, powers of 1024. ConfigError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
-    if found is None:
-        raise ConfigError(f"memory is {text!r}; it can be a number of bytes, or such as 3G or 800M")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    """Bytes of memory or files, such as 3G or 2Gi (`herd.units`). ConfigError for anything else."""
+    return parse_number(text, "memory")
 
 
 def available_memory() -> int:

@@ -13,11 +13,12 @@ from herd.errors import ConfigError
 from herd.plan.advice import Change, changes, devices_needed
 from herd.plan.fit import PLACES, Item, Place, Plan, Setup, herd_process
 from herd.plan.flops import flops_per_tile, flops_per_token
-from herd.plan.machines import Machine, machine, machines, parse_number
+from herd.plan.machines import Machine, machine, machines
 from herd.plan.memory import parse_kv
 from herd.plan.process import Process
 from herd.plan.times import Time, decode, prefill
 from herd.plan.weights import KNOWN, parse_weights
+from herd.units import parse_number
 
 NAME = "plan"
 EXAMPLES = examples(

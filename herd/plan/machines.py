@@ -1,14 +1,12 @@
 """Machines: what they hold and how fast they are. The known ones are in machines.toml."""
 
-import re
 import tomllib
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any
 
 from herd.errors import ConfigError
-
-_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+from herd.units import parse_number
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,6 @@ class Machine:
     compute_share: float = 1
     bandwidth_share: float = 1
     herd: bool = False
-
-
-def parse_number(text: str, what: str, *, binary: bool = False) -> int:
-    """`80G`, `1.5T` or `96Gi` as a number; binary: K, M and so on are powers of 1024. ConfigError if it is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGTP])(i?)B?|B)?", text.replace(",", ""), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(f"{what} is {text!r}; give a number above 0, such as 80G, 3.35T or 128K")
-    unit = (found[2] or "").upper()
-    factor = 1024 ** "_KMGTP".index(unit) if unit and (found[3] or binary) else _DECIMAL[unit]
-    return round(float(found[1]) * factor)
 
 
 def machine(name: str) -> Machine:

@@ -5,22 +5,7 @@ from pathlib import Path
 import pytest
 
 from herd.checkpoint import room
-from herd.checkpoint.room import available_memory, parse_bytes
-from herd.errors import ConfigError
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("3G", 3 << 30), ("800M", 800 << 20), ("1.5g", 3 << 29), (" 2 KiB ", 2048), ("7", 7), (9, 9), ("1TB", 1 << 40)],
-)
-def test_sizes(text: str | int, expected: int) -> None:
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "G", "3X", "-1G", "1e9", "three"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="such as 3G"):
-        parse_bytes(text)
+from herd.checkpoint.room import available_memory
 
 
 def test_there_is_some_memory() -> None:
