@@ -3,9 +3,11 @@
 import ipaddress
 import signal
 import socket
+import time
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,8 +80,8 @@ def command(
 
     folder, room = data or server_data(), None if memory is None else parse_bytes(memory)
     hosts = (*(allow_host or []), *([] if local else [host if host not in _ANY else "*"]))
-    watched = check(watch or [], folder)
-    settings = Settings(name or _name(model), keys, hosts, max_upload=parse_bytes(max_upload), watch=watched)
+    watched, most = check(watch or [], folder), parse_bytes(max_upload)
+    settings = Settings(name or _name(model), keys, hosts, max_upload=most, watch=watched, drain=drain)
     # A data folder in use is refused before the model is loaded.
     with (
         closing(Library(folder, serve=True)) as library,
@@ -121,6 +123,14 @@ def _run(app: "FastAPI", host: str, port: int, drain: int) -> None:
     with listening:
         server = uvicorn.Server(config)
         app.state.stopping = lambda: server.should_exit  # streams of the page end then; by themselves they never do
+        stop = server.handle_exit
+
+        def stopping(number: int, frame: FrameType | None) -> None:
+            """Answers of the page may take from here on as long as those of programs."""
+            app.state.ends = time.monotonic() + drain
+            stop(number, frame)
+
+        server.handle_exit = stopping  # type: ignore[assignment, method-assign]
         server.run(sockets=[listening])
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import Field
 from starlette.background import BackgroundTask
 
-from herd import __version__
+from herd import __version__, media
 from herd.errors import HerdError
-from herd.server import exports
+from herd.prompt.images import image_ids
+from herd.server import exports, images
 from herd.server.errors import ApiError
+from herd.server.library import Library
 from herd.server.readings import Readings
 from herd.server.schemas import Body
 from herd.server.state import Client, Server, client, server
@@ -62,11 +64,19 @@ class ChangedChat(Body):
     context: str | None = None
 
 
+class Shown(Body):
+    """An image that was brought before (`POST /api/images`)."""
+
+    id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    name: Annotated[str, Field(max_length=300)]
+
+
 class Question(Body):
     """before: the message that it takes the place of, with all after it."""
 
-    content: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+    content: Annotated[str, Field(max_length=MAX_TEXT)]
     before: int | None = None
+    images: Annotated[list[Shown], Field(max_length=images.MAX_IMAGES, default_factory=list)]
 
 
 class Named(Body):
@@ -99,6 +109,7 @@ async def state(its: Parts, read: Read) -> Json:
     return {
         "version": __version__,
         "model": its.settings.name,
+        "images": model.vision is not None,
         "window": model.config.max_position_embeddings,
         "chats": [asdict(chat) for chat in its.library.chats()],
         "contexts": [await read.shown(entry) for entry in its.library.contexts()],
@@ -178,9 +189,15 @@ async def delete_chat(id: str, its: Parts, said: Said) -> None:
 @router.post("/chats/{id}/messages", status_code=201)
 async def ask(id: str, body: Question, its: Parts, said: Said, who: Who) -> Json:
     """Ask something; the answer comes as events. The question is on disk when this returns."""
-    if not body.content.strip():
-        raise ApiError(400, "a question holds at least one character that is no blank", param="content")
-    return said.shown(await said.say(its.library.chat(id), body.content, who, before=body.before))
+    if not (body.content.strip() or body.images):
+        raise ApiError(400, "a question holds at least one character that is no blank, or an image", param="content")
+    shown = [await asyncio.to_thread(_shown, its.library, image) for image in body.images]
+    return said.shown(await said.say(its.library.chat(id), body.content, who, before=body.before, images=shown))
+
+
+def _shown(library: Library, image: Shown) -> Json:
+    its = images.sized(library.image(image.id)[1])
+    return {"id": image.id, "name": image.name, "width": its.width, "height": its.height}
 
 
 @router.post("/chats/{id}/again", status_code=201)
@@ -199,6 +216,37 @@ async def stop(id: str, its: Parts, said: Said) -> None:
 async def cut(id: str, message: int, its: Parts, said: Said) -> None:
     """Delete a message and all after it."""
     await said.cut(its.library.chat(id), message)
+
+
+# Images
+
+
+@router.post("/images", status_code=201)
+async def add_image(file: UploadFile, its: Parts) -> Json:
+    """Bring an image that a question will show; errors say at once what is wrong with it."""
+    if its.model.vision is None:
+        raise ApiError(400, f"{its.settings.name} reads no images: it has no image encoder", param="file")
+    data = await file.read(images.MAX_BYTES + 1)
+    seen = images.sized(data, "file")
+    tokens = await asyncio.to_thread(_tokens, its, data)
+    id = await asyncio.to_thread(its.library.add_image, seen.kind, data)
+    return {"id": id, "width": seen.width, "height": seen.height, "tokens": tokens}
+
+
+def _tokens(its: Server, data: bytes) -> int:
+    """Tokens of an image in a prompt. SourceError where its pixels cannot be read."""
+    assert its.model.vision is not None
+    cfg = its.model.vision.config
+    with its.looking:
+        tiles = media.cut(media.open_image(data), cfg)
+    return len(image_ids(its.model.tokenizer.special_tokens, tiles.rows, tiles.columns, cfg.tokens_per_tile))
+
+
+@router.get("/images/{id}")
+async def image(id: str, its: Parts) -> Response:
+    """An image as it was brought."""
+    kind, data = await asyncio.to_thread(its.library.image, id)
+    return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})
 
 
 # Contexts

@@ -1,21 +1,25 @@
-"""A library as one zip file: `library.json` and, of each context, the archive of `herd context export`."""
+"""A library as one zip file: `library.json`, images of messages, and contexts as `herd context export` writes them."""
 
 import json
+import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from herd.context import archive
 from herd.context.manifest import FILE
 from herd.errors import LibraryError
-from herd.server.library import ROLES, STATES, Chat, ContextEntry, Library, Message, Rows
+from herd.server import images
+from herd.server.errors import ApiError
+from herd.server.library import ROLES, STATES, Chat, ContextEntry, Library, Message, Rows, image_id
 
-FORMAT = 1
+FORMAT = 2  # of what is written; 1, which knew no images, is read too
 MAX_ROWS_BYTES = 1 << 30  # of library.json, unpacked
 _ROWS, _KV = "library.json", "kv"
 _REFUSED = "nothing was imported"
@@ -26,10 +30,13 @@ def export(library: Library, file: Path) -> int:
     """Write all chats, settings and contexts into a new zip file; its size in bytes."""
     if file.exists():
         raise LibraryError(f"{file} exists; name a new file")
-    rows = library.rows()
     try:
         with _plain(file.parent), zipfile.ZipFile(file, "x", zipfile.ZIP_DEFLATED) as packed:
-            packed.writestr(_ROWS, json.dumps({"format": FORMAT, **asdict(rows)}, ensure_ascii=False))
+            with library.frozen() as still:
+                rows = still.rows()
+                packed.writestr(_ROWS, json.dumps({"format": FORMAT, **asdict(rows)}, ensure_ascii=False))
+                for id in sorted(_named(rows)):
+                    packed.writestr(f"images/{id}", still.image(id)[1], zipfile.ZIP_STORED)
             for entry in rows.contexts:
                 folder = library.context_folder(entry.id) / _KV
                 if (folder / FILE).is_file():
@@ -52,6 +59,9 @@ def import_(library: Library, file: Path | BinaryIO) -> Rows:
         members = {name for name in packed.namelist() if name.startswith("contexts/")}
         if not members <= {f"contexts/{entry.id}.tar" for entry in rows.contexts}:
             raise LibraryError(f"this export holds contexts that it does not list; {_REFUSED}")
+        shown = {name.removeprefix("images/") for name in packed.namelist() if name.startswith("images/")}
+        if shown != _named(rows):
+            raise LibraryError(f"this export lacks images of its messages, or holds others; {_REFUSED}")
         with tempfile.TemporaryDirectory(dir=library.folder) as scratch:
             folders = {name: _unpacked(packed, name, Path(scratch)) for name in sorted(members)}
 
@@ -61,8 +71,27 @@ def import_(library: Library, file: Path | BinaryIO) -> Rows:
                         (to := library.context_folder(new)).mkdir(parents=True)
                         folder.rename(to / _KV)
 
-            library.add(rows, place)
+            library.add(rows, place, partial(_image, packed))
     return rows
+
+
+def _named(rows: Rows) -> set[str]:
+    """Images that messages show."""
+    return {id for message in rows.messages for id in message.images}
+
+
+def _image(packed: zipfile.ZipFile, id: str) -> tuple[str, bytes]:
+    """One image, checked, as `Library.add` takes it."""
+    if packed.getinfo(f"images/{id}").file_size > images.MAX_BYTES:
+        raise LibraryError(f"an image in this export has more than {images.MAX_BYTES:,} bytes; {_REFUSED}")
+    data = packed.read(f"images/{id}")
+    try:
+        kind = images.sized(data).kind
+    except ApiError as error:
+        raise LibraryError(f"{error}; {_REFUSED}") from error
+    if image_id(data) != id:
+        raise LibraryError(f"an image in this export is not the one that a message names; {_REFUSED}")
+    return kind, data
 
 
 def _unpacked(packed: zipfile.ZipFile, name: str, scratch: Path) -> Path:
@@ -108,8 +137,8 @@ def _json(packed: zipfile.ZipFile) -> Any:
 
 def _checked(found: Any) -> Rows:
     """What `export` wrote. LibraryError if it is anything else."""
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise LibraryError(f"this is no export of Herd's chats in format {FORMAT}; {_REFUSED}")
+    if not isinstance(found, dict) or found.get("format") not in range(1, FORMAT + 1):
+        raise LibraryError(f"this is no export of Herd's chats in format 1 to {FORMAT}; {_REFUSED}")
     contexts = [_typed(ContextEntry, entry) for entry in _list(found, "contexts")]
     chats = [_typed(Chat, entry) for entry in _list(found, "chats")]
     messages = [_typed(Message, entry) for entry in _list(found, "messages")]
@@ -119,10 +148,23 @@ def _checked(found: Any) -> Rows:
         and len(ids) == len(contexts)
         and len(known) == len(chats)
         and all(chat.context is None or chat.context in ids for chat in chats)
-        and all(m.chat in known and m.role in ROLES and m.state in STATES for m in messages)
+        and all(m.chat in known and m.role in ROLES and m.state in STATES and _shows(m) for m in messages)
     ):
         raise LibraryError(f"this export contradicts itself; {_REFUSED}")
     return Rows(contexts, chats, messages, settings)
+
+
+def _shows(message: Message) -> bool:
+    """Whether its images are named as the server names them."""
+    shown = message.detail.get("images", [])
+    kinds = {"id": str, "name": str, "width": int, "height": int}
+    return isinstance(shown, list) and all(
+        isinstance(image, dict)
+        and image.keys() == kinds.keys()
+        and all(_is(image[name], kind) for name, kind in kinds.items())
+        and re.fullmatch("[0-9a-f]{32}", image["id"]) is not None
+        for image in shown
+    )
 
 
 def _list(found: dict[str, Any], name: str) -> list[Any]:

@@ -1,5 +1,6 @@
 """The page: a few files of this package, and what belongs to a server's event loop."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         await watching.close()
         await readings.close()
-        await talks.close()
+        ends = getattr(app.state, "ends", None)  # when it was to end, if a signal said so
+        await talks.close(app.state.server.settings.drain if ends is None else max(0.0, ends - time.monotonic()))
 
 
 @router.get("/")

@@ -18,7 +18,7 @@ from herd.server.structured import Grammars
 class Settings:
     """name: of the model, as clients say it. api_keys: with none, everybody may ask. hosts: that a Host header may
     name besides addresses of this machine; "*": any. max_body, max_upload: bytes of a request's body.
-    watch: folders that contexts follow."""
+    watch: folders that contexts follow. drain: seconds that answers of the page may take when the server is stopped."""
 
     name: str
     api_keys: tuple[str, ...] = ()
@@ -26,6 +26,7 @@ class Settings:
     max_body: int = 64 << 20
     max_upload: int = 4 << 30
     watch: tuple[Path, ...] = ()
+    drain: float = 60
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ fetched carries the number of the last: so nobody misses or doubles a piece, whe
 
 import asyncio
 import logging
+import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from fastapi import Request
+from torch import Tensor
 
 from herd.engine import Sampler, Token
 from herd.errors import HerdError
@@ -21,13 +23,13 @@ from herd.prompt.ask import ask_prompt
 from herd.server.asks import Answers, Ask, End
 from herd.server.conversations import Conversations
 from herd.server.errors import ApiError, told
+from herd.server.images import MAX_IMAGES
 from herd.server.library import Chat, Message, State
-from herd.server.running import ROOM
 from herd.server.say import Spec, Voice, saying
 from herd.server.state import Client, Server
 
 SAVE_S = 1.0  # between two saves of an answer that is being written
-DRAIN_S = 10.0  # that answers may still take when the server is stopped
+LOOK_S = 1.0  # between two looks whether others have written to the library
 MAX_TOKENS = 1024  # of an answer, unless the settings say otherwise
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _TITLE = 60  # characters
@@ -43,7 +45,7 @@ class _Talk:
     answers: Answers | None = None
     message: Message = field(default_factory=lambda: Message(0, "", "assistant", "", "writing"))
     pieces: int = 0
-    tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     first: float | None = None
     stopping: bool = False
     saved: float = field(default_factory=time.monotonic)
@@ -59,18 +61,18 @@ class _Talk:
         """See `Ask`."""
         return self.stopping
 
-    def count(self, tokens: int) -> None:
-        """So many tokens came."""
+    def count(self, tokens: Sequence[Token]) -> None:
+        """These tokens came."""
         if self.first is None:
             self.first = time.perf_counter() - self.began
-        self.tokens += tokens
+        self.ids += [token.id for token in tokens]
 
     @property
     def measured(self) -> Event:
         """Its tokens and times."""
         first = None if self.first is None else round(self.first, 3)
         seconds = round(time.perf_counter() - self.began, 3)
-        return {"prompt_tokens": len(self.ask.ids), "tokens": self.tokens, "first_s": first, "seconds": seconds}
+        return {"prompt_tokens": len(self.ask.ids), "tokens": len(self.ids), "first_s": first, "seconds": seconds}
 
 
 class Talks:
@@ -83,6 +85,7 @@ class Talks:
         self._begins: set[str] = set()
         self._lookers: set[asyncio.Queue[Event]] = set()
         self._saving: dict[str, asyncio.Task[None]] = {}
+        self._watch = asyncio.create_task(self._others())
 
     # What is looked at
 
@@ -120,19 +123,38 @@ class Talks:
         """A chat is new or has changed."""
         self.tell({"type": "chat", "chat": asdict(chat)})
 
+    async def _others(self) -> None:
+        """Have all who look see what others write, such as `herd chat`."""
+        seen = self._library.version
+        while True:
+            await asyncio.sleep(LOOK_S)
+            with suppress(HerdError):
+                if (now := self._library.version) != seen:
+                    seen = now
+                    self.tell({"type": "all"})
+
     # What is said
 
-    async def say(self, chat: Chat, content: str, client: Client, *, before: int | None = None) -> Message:
-        """Ask something, and begin to answer; before: in place of this message and all after it. The answer's message.
+    async def say(
+        self,
+        chat: Chat,
+        content: str,
+        client: Client,
+        *,
+        before: int | None = None,
+        images: Sequence[Mapping[str, Any]] = (),
+    ) -> Message:
+        """Ask something, and begin to answer; before: in place of this message and all after it; images: what it shows,
+        each `{"id", "name", "width", "height"}`. The answer's message.
 
         What cannot be answered, such as a question too long for the model, changes nothing.
         """
         with self._beginning(chat.id):
             earlier = self._library.messages(chat.id, before=before)
-            talk = await self._submit(chat, [*earlier, Message(0, chat.id, "user", content)], client)
-            return await self._begin(
-                chat, content, talk, before, title_of(content) if not (earlier or chat.title) else None
-            )
+            question = Message(0, chat.id, "user", content, detail={"images": [*images]} if images else {})
+            talk = await self._submit(chat, [*earlier, question], client)
+            title = title_of(content or images[0]["name"]) if not (earlier or chat.title) else None
+            return await self._begin(chat, question, talk, before, title)
 
     async def again(self, chat: Chat, client: Client) -> Message:
         """Answer the last question once more."""
@@ -151,7 +173,7 @@ class Talks:
             return
         talk.stopping = True
         # An answer that has begun ends with its next token, so that what was seen is kept; others end at once.
-        if not (talk.plain and talk.tokens):
+        if not (talk.plain and talk.ids):
             talk.task.cancel()
         await asyncio.wait([talk.task])
 
@@ -167,15 +189,15 @@ class Talks:
         if chat.id in self._saving:
             await asyncio.wait([self._saving[chat.id]])
         self._library.delete_chat(chat.id)
-        self._conversations.forget(chat.id)
-        await self._server.service.call(partial(self._server.service.release, _scope(chat.id)))
+        await asyncio.to_thread(self._conversations.forget, chat.id)
         self.tell({"type": "deleted", "chat": chat.id})
 
-    async def close(self) -> None:
-        """Wait for answers a little, and stop the others; what was written of them is kept."""
+    async def close(self, seconds: float) -> None:
+        """Wait so long for answers, and stop the others; what was written of them is kept."""
+        self._watch.cancel()
         tasks = [talk.task for talk in self._answers.values() if talk.task is not None]
         if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_S)
+            await asyncio.wait(tasks, timeout=seconds)
         for task in tasks:
             task.cancel()
         if waiting := [*tasks, *self._saving.values()]:
@@ -202,12 +224,15 @@ class Talks:
         talk.answers = await self._server.service.submit(replace(ask, stopped=talk.stopped))
         return talk
 
-    async def _begin(self, chat: Chat, content: str | None, talk: _Talk, cut: int | None, title: str | None) -> Message:
+    async def _begin(
+        self, chat: Chat, asked: Message | None, talk: _Talk, cut: int | None, title: str | None
+    ) -> Message:
         assert talk.answers is not None
         try:
             if title is not None:
                 self._library.change_chat(chat.id, title=title)
-            question, message = self._library.add_turn(chat.id, content, cut)
+            content, detail = (None, None) if asked is None else (asked.content, asked.detail)
+            question, message = self._library.add_turn(chat.id, content, cut, detail)
         except BaseException:
             async with talk.answers:  # which cancels it
                 raise
@@ -228,16 +253,33 @@ class Talks:
         settings, tokenizer = self._library.settings(), self._server.model.tokenizer
         most = int(settings.get("max_tokens", MAX_TOKENS))
         if chat.context is not None:
+            if messages[-1].images:
+                raise ApiError(400, "contexts are asked without images; take them out, or ask in a chat without one")
             context, question = self._server.contexts.now(chat.context), messages[-1].content
             ids = await asyncio.to_thread(ask_prompt, tokenizer, question)
             held = question if tokenizer.byte_level else None
-            return Ask(ids, most, contexts=(context,), question=held, client=client.turn, scope=_scope(chat.id))
-        turns = [{"role": m.role, "content": m.content} for m in messages if m.content]
+            return Ask(ids, most, contexts=(context,), question=held, client=client.turn)
+        turns = [{"role": m.role, "content": _content(m)} for m in messages if m.content or m.images]
         if system := settings.get("system"):
             turns.insert(0, {"role": "system", "content": system})
         ids = await asyncio.to_thread(tokenizer.chat, turns)
+        ids, features = await asyncio.to_thread(self._look, ids, [id for m in messages for id in m.images])
         sampler = Sampler(**{name: settings[name] for name in SAMPLED if name in settings})
-        return Ask(ids, most, sampler, client=client.turn, scope=_scope(chat.id))
+        return Ask(ids, most, sampler, images=features, client=client.turn, scope=client.scope)
+
+    def _look(self, ids: list[int], shown: Sequence[str]) -> tuple[list[int], list[Tensor]]:
+        """A prompt with the tokens of its images, and their features."""
+        if not shown:
+            return ids, []
+        if len(shown) > MAX_IMAGES:
+            raise ApiError(
+                400,
+                f"this chat would show {len(shown):,} images; it may show {MAX_IMAGES}: begin another one",
+                param="images",
+            )
+        files = [self._library.image(id)[1] for id in shown]
+        with self._server.looking:
+            return self._server.model.look(ids, files)
 
     # The answer
 
@@ -248,12 +290,12 @@ class Talks:
             assert talk.answers is not None
             async with talk.answers as answers:
                 async for said in saying(answers, [Voice(self._server.model.tokenizer, Spec())]):
-                    talk.count(len(said.tokens))
+                    talk.count(said.tokens)
                     self._piece(talk, "".join(part for part in said.parts if isinstance(part, str)))
                     if said.end is not None:
                         detail |= _told(said.end)
                         if talk.plain:
-                            self._saving[chat.id] = asyncio.create_task(self._remember(chat.id))
+                            self._saving[chat.id] = asyncio.create_task(self._remember(chat.id, talk))
         except asyncio.CancelledError:
             talk.stopping = True
         except Exception as error:
@@ -279,39 +321,27 @@ class Talks:
                 self._library.write(message.id, message.content, detail=message.detail)
 
     async def _recall(self, chat: str, ask: Ask) -> None:
-        """Have what the model has seen of a chat ready: it is kept, or its file is read."""
+        """Have what the model has seen of a prompt in memory, as far as it is on disk."""
         if chat in self._saving:
             await self._saving[chat]
-        service, scope, tokens = self._server.service, _scope(chat), len(ask.ids) + ask.max_tokens + ROOM
-
-        def ready() -> bool:
-            kept = service.release(scope)
-            found = None if kept is None else self._conversations.fit(kept[0][:-1], kept[1], ask.ids, tokens)
-            if found is not None:
-                service.keep(scope, *found)
-            return found is not None
-
-        if not await service.call(ready):
-            found = await asyncio.to_thread(self._conversations.load, chat, ask.ids, tokens)
-            if found is not None:
-                await service.call(partial(service.keep, scope, *found))
-
-    async def _remember(self, chat: str) -> None:
-        """Save what the model has seen of a chat. Without it, a chat would only go on more slowly."""
-        service, scope = self._server.service, _scope(chat)
-
-        def take() -> Any:
-            kept = service.release(scope)
-            if kept is None:
-                return None
-            turn = self._conversations.take(chat, kept[0][:-1], kept[1])
-            service.keep(scope, *kept)
-            return turn
-
+        service, scope = self._server.service, ask.scope
+        names = await asyncio.to_thread(service.names, ask)
+        known = await service.call(partial(service.known, scope, names))
         try:
-            turn = await service.call(take)
-            if turn is not None:
-                await asyncio.to_thread(self._conversations.write, turn)
+            found = await asyncio.to_thread(self._conversations.load, names, known)
+        except sqlite3.Error:  # such as a full disk
+            _log.exception("what the model has seen of a chat was not read; it will be computed again")
+            return
+        if found[1]:
+            await service.call(partial(service.add, scope, *found))
+
+    async def _remember(self, chat: str, talk: _Talk) -> None:
+        """Save what the model has seen of a chat. Without it, a chat would only go on more slowly."""
+        service, ask = self._server.service, talk.ask
+        try:
+            names = await asyncio.to_thread(service.names, ask)
+            blocks = await service.call(partial(service.find, ask.scope, [*names, *talk.ids]))
+            await asyncio.to_thread(self._conversations.write, chat, blocks)
         except Exception:  # such as a full disk
             _log.exception("what the model has seen of a chat was not saved; it will be computed again")
         finally:
@@ -325,14 +355,18 @@ def talks(request: Request) -> Talks:
     return found
 
 
+def _content(message: Message) -> str | list[dict[str, str]]:
+    """What the chat template gets of a message."""
+    if not message.images:
+        return message.content
+    text = [{"type": "text", "text": message.content}] if message.content else []
+    return [*({"type": "image"} for _ in message.images), *text]
+
+
 def title_of(content: str) -> str:
     """A title for a chat that begins so."""
     line = next((line.strip() for line in content.splitlines() if line.strip()), "")
     return line if len(line) <= _TITLE else line[: _TITLE - 1].rstrip() + "…"
-
-
-def _scope(chat: str) -> str:
-    return f"chat {chat}"
 
 
 def _told(end: End) -> Event:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import herd
 from herd.errors import HerdError, LibraryError
 from herd.server import exports
-from herd.server.library import FILE, Library, Unknown
+from herd.server.database import FILE
+from herd.server.library import Library, Unknown
 
 WRITER = """
 import sys
@@ -178,7 +179,7 @@ MESSAGE = {"id": 1, "chat": "a", "role": "user", "content": "c", "state": "done"
     [
         io.BytesIO(b"no zip"),
         packed("[" * 100_000),
-        packed({**EMPTY, "format": 2}),
+        packed({**EMPTY, "format": 3}),
         packed({**EMPTY, "chats": {}}),
         packed({**EMPTY, "chats": [CHAT, CHAT]}),
         packed({**EMPTY, "chats": [{**CHAT, "context": "../.."}]}),

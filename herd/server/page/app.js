@@ -6,9 +6,10 @@ import { contextView, homeView } from "/page/context.js";
 import { $, count, dialog, el, fail, field, say } from "/page/dom.js";
 import { openSettings } from "/page/settings.js";
 import { closeSource } from "/page/source.js";
-import { bringDrops } from "/page/files.js";
+import { bringDrops, choose } from "/page/files.js";
+import * as images from "/page/images.js";
 
-export const its = { window: 0, model: "", chats: new Map(), contexts: new Map(), settings: {} };
+export const its = { window: 0, model: "", images: false, chats: new Map(), contexts: new Map(), settings: {} };
 let view = null; // what main shows: {id, heard, leave, ...}
 let heardOnce = false;
 
@@ -32,7 +33,7 @@ export async function attempt(work) {
 
 async function refresh() {
   const state = await api.get("/state");
-  Object.assign(its, { window: state.window, model: state.model, settings: state.settings });
+  Object.assign(its, { window: state.window, model: state.model, images: state.images, settings: state.settings });
   its.chats = new Map(state.chats.map((chat) => [chat.id, chat]));
   its.contexts = new Map(state.contexts.map((found) => [found.id, found]));
   document.documentElement.dataset.theme = its.settings.theme || "";
@@ -78,8 +79,9 @@ function title() {
 
 export function composer() {
   const busy = Boolean(view?.busy?.());
-  $("bottom").hidden = view?.asks === false;
+  for (const id of ["composer", "hint"]) $(id).hidden = view?.asks === false;
   $("send").hidden = busy;
+  $("attach").hidden = !its.images || Boolean(view?.from?.());
   $("stop").hidden = !busy;
   $("hint").textContent = view?.hint?.() || "";
   $("ask").placeholder = view?.placeholder?.() || "Ask…";
@@ -132,14 +134,25 @@ export async function erase(what, name, note, path) {
 
 async function submit() {
   const text = $("ask").value;
-  if (!text.trim() || view.busy?.()) return;
+  if (images.bringing()) return say("Images are being brought; ask in a moment.");
+  const shown = images.shown();
+  if (!(text.trim() || shown.length) || view.busy?.()) return;
   $("send").disabled = true;
   await attempt(async () => {
-    await view.ask(text);
+    await view.ask(text, shown);
     $("ask").value = "";
+    images.place([]);
     grow();
   });
   $("send").disabled = false;
+}
+
+// Images are shown with a question; other files are read.
+function bring(files) {
+  const [pictures, others] = images.split(files);
+  if (others.length) view?.bring?.(others);
+  if (!pictures.length) return undefined;
+  return attempt(() => images.attach(pictures, view?.asks === false || view?.from?.()));
 }
 
 function grow() {
@@ -169,7 +182,8 @@ $("new").addEventListener("click", () => setTimeout(() => $("ask").focus()));
 document.querySelector(".skip").addEventListener("click", (event) => (event.preventDefault(), $("ask").focus()));
 document.addEventListener("keydown", keys);
 window.addEventListener("hashchange", show);
-bringDrops((files) => view?.bring?.(files));
+$("attach").addEventListener("click", async () => bring(await choose("images")));
+bringDrops(bring);
 
 let lost;
 api.listen(heard, (open) => {

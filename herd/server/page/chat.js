@@ -4,6 +4,7 @@ import * as api from "/page/api.js";
 import { attempt, composer, context, erase, go, its, rename } from "/page/app.js";
 import { bringTo, readingOf, startContext } from "/page/context.js";
 import { $, el, fail, fill, plural, say } from "/page/dom.js";
+import { figures, place } from "/page/images.js";
 import { markdown } from "/page/markdown.js";
 import { openSource } from "/page/source.js";
 
@@ -66,7 +67,7 @@ export function chatView(id) {
     else body.append(...markdown(message.content));
     if (message.state === "writing" && !message.content) body.append(el("p", { class: "waiting" }, message.detail.context ? "looking…" : "thinking…"));
     return el("li", { class: `message ${message.role} ${message.state}`, id: `m${message.id}` },
-      el("h2", { class: "hidden" }, who), body, citations(message),
+      el("h2", { class: "hidden" }, who), figures(message.detail.images), mine && !message.content ? null : body, citations(message),
       message.detail.error ? el("p", { class: "wrong" }, message.detail.error) : null,
       message.state === "stopped" ? el("p", { class: "note" }, "stopped here") : null,
       message.detail.finish === "length" ? el("p", { class: "note" }, "This is as long as an answer may be; the settings say how long.") : null,
@@ -105,6 +106,7 @@ export function chatView(id) {
   function edit(message) {
     editing = message.id;
     $("ask").value = message.content;
+    place(message.detail.images || []);
     $("ask").dispatchEvent(new Event("input"));
     $("ask").focus();
     composer();
@@ -180,9 +182,9 @@ export function chatView(id) {
     else if (event.type === "progress" && event.context === chat()?.context) heading();
   }
 
-  async function ask(text) {
+  async function ask(text, images) {
     const before = editing;
-    await api.post(`/chats/${id}/messages`, { content: text, before });
+    await api.post(`/chats/${id}/messages`, { content: text, before, images });
     editing = null;
   }
 
@@ -190,6 +192,7 @@ export function chatView(id) {
   return {
     node, heard, busy, ask,
     alive: () => its.chats.has(id),
+    from: () => chat()?.context,
     title: () => chat()?.title || "New chat",
     shown: () => attempt(load),
     again: load,
@@ -213,10 +216,10 @@ export function chatView(id) {
   };
 }
 
-export async function newChat(context, text) {
+export async function newChat(context, text, images = []) {
   const chat = await api.post("/chats", { context });
   its.chats.set(chat.id, chat);
-  if (text) await api.post(`/chats/${chat.id}/messages`, { content: text });
+  if (text || images.length) await api.post(`/chats/${chat.id}/messages`, { content: text, images });
   go(`#/chat/${chat.id}`);
   return chat;
 }

@@ -90,7 +90,7 @@ export function homeView() {
       step("Come back", "Chats and what was read are here tomorrow. Drop a folder again, and only what changed is read.")));
   return {
     node, bring, alive: () => true, title: () => "",
-    ask: async (text) => newChat(null, text),
+    ask: async (text, images) => newChat(null, text, images),
     hint: () => "Or just ask: without files, the model answers from what it remembers, which may be wrong.",
     placeholder: () => "Ask without files…",
   };

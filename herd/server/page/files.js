@@ -6,7 +6,7 @@ const fromInput = (input) => [...input.files].map((file) => ({ name: file.webkit
 
 // Lets a person choose; no files where they do not.
 export function choose(kind) {
-  const input = $(kind === "folder" ? "pick-folder" : "pick-files");
+  const input = $(`pick-${kind}`);
   return new Promise((resolve) => {
     input.onchange = () => {
       resolve(fromInput(input));
@@ -44,7 +44,7 @@ async function dropped(transfer) {
   return found.length || entries.length ? found : [...transfer.files].map((file) => ({ name: file.name, file }));
 }
 
-// Files may be dropped anywhere on the page.
+// Files may be dropped and pasted anywhere on the page.
 export function bringDrops(bring) {
   let depth = 0;
   const shown = (yes) => ($("drop").hidden = !yes);
@@ -62,5 +62,9 @@ export function bringDrops(bring) {
     depth = 0;
     shown(false);
     bring(await dropped(event.dataTransfer));
+  });
+  document.addEventListener("paste", (event) => {
+    const pasted = [...(event.clipboardData?.files || [])].map((file) => ({ name: file.name, file }));
+    if (pasted.length && !$("dialog").open) event.preventDefault(), bring(pasted);
   });
 }
