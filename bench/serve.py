@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def masks(model: herd.Model, rows: int, rounds: int) -> dict[str, Any]:
 def cancellations(process: Process, count: int) -> dict[str, Any]:
     """Clients that go; see above."""
     port = int(process.url.rsplit(":", 1)[1])
-    freed, sizes = list[float](), list[int]()
+    freed, sizes, step_ms = list[float](), list[int](), _step_ms(process.url)
     with httpx.Client(base_url=process.url, timeout=60) as http:
         for number in range(count):
             body = {
@@ -179,6 +180,7 @@ def cancellations(process: Process, count: int) -> dict[str, Any]:
     ordered = sorted(freed)
     return {
         "count": count,
+        "step_ms": step_ms,
         "freed_after_ms": {
             "p50": ordered[len(freed) // 2],
             "p95": ordered[int(0.95 * len(freed))],
@@ -190,13 +192,21 @@ def cancellations(process: Process, count: int) -> dict[str, Any]:
     }
 
 
+def _step_ms(url: str) -> float:
+    """Between two tokens of an answer that is alone."""
+    body = {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 50, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
+        came = [time.perf_counter() for line in reply.iter_lines() if '"content":' in line]
+    return round(1e3 * statistics.median([after - before for before, after in pairwise(came)]), 1)
+
+
 def _until_free(http: httpx.Client) -> float:
-    """Milliseconds until nothing runs and no memory is set aside."""
+    """Milliseconds until nothing runs; what ended keeps no memory, unless it may be gone on from."""
     began = time.perf_counter()
     while time.perf_counter() - began < SETTLE_S:
         said = http.get("/metrics").text
-        found = {name: re.search(rf"^{name} (\S+)$", said, re.MULTILINE) for name in ("herd_requests_running",)}
-        if all(match and float(match[1]) == 0 for match in found.values()):
+        running = re.search(r"^herd_requests_running (\S+)$", said, re.MULTILINE)
+        if running and float(running[1]) == 0:
             return round(1e3 * (time.perf_counter() - began), 1)
         time.sleep(0.002)
     sys.exit(f"an answer still runs {SETTLE_S} s after its client has gone")

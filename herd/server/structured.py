@@ -83,10 +83,9 @@ class Guided:
             forced_V = torch.full_like(logits_V, -math.inf)
             forced_V[self._ends] = 0.0
             return forced_V
-        allowed_V = torch.zeros(len(logits_V), dtype=torch.bool)
-        count = min(len(logits_V), 8 * len(bits))
-        allowed_V[:count] = torch.from_numpy(np.unpackbits(bits, count=count, bitorder="little")).bool()
-        return logits_V.masked_fill(~allowed_V, -math.inf)
+        # What is behind the last bit is not allowed.
+        allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(logits_V), bitorder="little")).view(torch.bool)
+        return torch.where(allowed_V.to(logits_V.device), logits_V, -math.inf)
 
     @property
     def failed(self) -> str | None:
