@@ -14,11 +14,9 @@ from herd.cli.progress import reading
 from herd.cli.report import TextOut, citation_json, print_citations, print_report, print_skipped
 from herd.engine import Engine, Request, Sampler, stream
 from herd.errors import HerdError, LibraryError, PromptError, SourceError
-from herd.model import KVRow
 from herd.server.conversations import Conversations
 from herd.server.library import Chat, Library
 
-ROOM = 2048  # tokens that the next turns may take behind the first
 COMMANDS = {
     "/attach PATH...": "read files and folders; questions are then asked about them",
     "/sources": "list what was read",
@@ -33,18 +31,14 @@ class Kept:
     def __init__(self, data: Path, model: herd.Model) -> None:
         self.library = Library(data)
         self._model, self._files = model, Conversations(data / "conversations", model)
-        self._seen: tuple[list[int], KVRow] | None = None
+        self._engine = Engine(model.transformer)
 
     def generate(self, chat: str, ids: list[int], most: int, sampler: Sampler, out: Callable[[str], None]) -> str:
         """Go on with a chat from where the model was, now or in an earlier process; its keys and values are kept."""
-        tokenizer, engine = self._model.tokenizer, Engine(self._model.transformer)
-        room = len(ids) + most + ROOM
-        before = self._files.fit(self._seen[0][:-1], self._seen[1], ids, room) if self._seen else None
-        before, self._seen = before or self._files.load(chat, ids, room), None
-        after = None if before is None else engine.keep(*before)
-        prompt = ids if before is None else ids[len(before[0]) :]
-        more = ROOM if before is None else 0
-        id = engine.submit(Request(prompt, most, sampler, tokenizer.eos_ids, room=more, after=after))
+        tokenizer, engine = self._model.tokenizer, self._engine
+        known = engine.prefixes.reach(*engine.prefixes.find("", ids))
+        engine.add("", *self._files.load(ids, known))
+        engine.submit(Request(ids, most, sampler, tokenizer.eos_ids, names=ids))
         text, said, chosen = tokenizer.stream(), list[str](), list[int]()
         for token in stream(engine):
             chosen.append(token.id)
@@ -52,9 +46,7 @@ class Kept:
             out(said[-1])
         said.append(text.finish())
         out(said[-1])
-        if (row := engine.release(id)) is not None:
-            self._seen = [*ids, *chosen], row
-            self._files.write(self._files.take(chat, self._seen[0][:-1], row))
+        self._files.write(chat, engine.prefixes.find("", [*ids, *chosen])[0])
         return "".join(said)
 
 

@@ -2,13 +2,16 @@
 
 from herd.engine.engine import Engine, generate, stream
 from herd.engine.images import Source, look
+from herd.engine.prefixes import Block, Prefixes, named
 from herd.engine.request import Finish, Guide, Request, Token, check_prompt
 from herd.engine.sampler import Sampler
 
 __all__ = [
+    "Block",
     "Engine",
     "Finish",
     "Guide",
+    "Prefixes",
     "Request",
     "Sampler",
     "Source",
@@ -16,5 +19,6 @@ __all__ = [
     "check_prompt",
     "generate",
     "look",
+    "named",
     "stream",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from herd.engine.prefixes import Block, Prefixes
 from herd.engine.request import Job, Request, Token, check_prompt
 from herd.engine.sampler import Draws, Sampler, choose
 from herd.engine.scheduler import Piece, Scheduler
@@ -48,36 +49,26 @@ class Engine:
         dtype = transformer.memory_dtype
         self.transformer = transformer
         self.cache: Memory = KVCache(transformer.config, dtype) if cache is None else cache
-        chunk = transformer.config.attention_chunk_size
-        self._scheduler = Scheduler(rows, memory, (prompt_tokens, beside), chunk, self.cache.start_position)
-        self._next_id, self._vision = 0, vision
+        self._chunk = chunk = transformer.config.attention_chunk_size
+        self.prefixes = Prefixes(transformer.config, dtype, packed=transformer.packed is not None)
+        limits = (rows, memory, (prompt_tokens, beside))
+        self._scheduler = Scheduler(*limits, chunk, self.cache.start_position, self.prefixes)
+        self._next_id, self._vision, self._memory = 0, vision, memory
 
     def submit(self, request: Request) -> int:
         """Queue a request; the number that names it in `Token`, counted from 0.
 
         PromptError if it can never run: a bad prompt, patches that are not those of its images, more positions than
-        the model has, or more keys and values than fit into memory; or if what it goes on from is not kept.
+        the model has, or more keys and values than fit into memory.
         """
-        cfg, before = self.transformer.config, self._kept(request)
-        known = [] if before is None else before.ids
-        ids = [*known, *request.prompt]
-        check_prompt(cfg, request.prompt, self.cache.start_position + len(known) + request.max_tokens)
-        patches = [len(known) + place for place in self._patches(request)]
-        row = self._open(request) if before is None else _room_in(before, len(ids) + request.max_tokens)
+        cfg = self.transformer.config
+        check_prompt(cfg, request.prompt, self.cache.start_position + request.max_tokens)
+        assert request.names is None or len(request.names) == len(request.prompt), "each token has a name"
+        patches, row = self._patches(request), self._open(request)
         id, self._next_id = self._next_id, self._next_id + 1
-        draws = Draws(request.sampler, ids, cfg.vocab_size)
-        seen = 0 if before is None else self._scheduler.kept.pop(before.id).seen
-        kept = before is not None or request.room > 0
-        self._scheduler.waiting.append(Job(id, request, row, draws, ids, patches, seen, kept))
+        draws = Draws(request.sampler, request.prompt, cfg.vocab_size)
+        self._scheduler.waiting.append(Job(id, request, row, draws, patches))
         return id
-
-    def _kept(self, request: Request) -> Job | None:
-        if request.after is not None and request.after not in self._scheduler.kept:
-            raise PromptError(
-                f"request {request.after} cannot be gone on from: it left no room, has not ended or was given up; "
-                "submit its tokens again"
-            )
-        return None if request.after is None else self._scheduler.kept[request.after]
 
     def _patches(self, request: Request) -> list[int]:
         if self._vision is not None:
@@ -87,39 +78,31 @@ class Engine:
         return []
 
     def _open(self, request: Request) -> KVRow:
-        """Memory for a request that goes on from no other. PromptError if it is more than there is."""
-        prompt, limit = len(request.prompt), self._scheduler.memory
-        row = self.cache.open(prompt + request.max_tokens + request.room, prompt)
+        """Memory for a request. PromptError if it is more than there is."""
+        prompt, limit = len(request.prompt), self._memory
+        row = self.cache.open(prompt + request.max_tokens, prompt)
         if limit is not None and row.nbytes > limit:
-            room = f" and room for {request.room:,} more" if request.room else ""
             raise PromptError(
-                f"prompt ({prompt:,} tokens) and answer (up to {request.max_tokens:,}){room} need {row.nbytes:,} bytes "
+                f"prompt ({prompt:,} tokens) and answer (up to {request.max_tokens:,}) need {row.nbytes:,} bytes "
                 f"for keys and values; this engine has {limit:,}: shorten them, or give it more memory"
             )
         return row
 
-    def keep(self, ids: Sequence[int], row: KVRow) -> int:
-        """Go on as if a request had ended with these tokens, all but the last of which `row` remembers: the number by
-        which other requests go on from it."""
-        id, self._next_id = self._next_id, self._next_id + 1
-        draws = Draws(Sampler(), ids, self.transformer.config.vocab_size)
-        self._scheduler.kept[id] = Job(id, Request(ids, 1), row, draws, list(ids), seen=len(ids) - 1, kept=True)
-        return id
+    def add(self, scope: str, names: Sequence[int], blocks: Sequence[Block]) -> None:
+        """See `Prefixes.add`; as far as there is memory."""
+        self.prefixes.add(scope, names, blocks, self._scheduler.left)
 
-    def release(self, id: int) -> KVRow | None:
-        """Hand over the memory of a request that has ended and left room; None if it was given back."""
-        job = self._scheduler.kept.pop(id, None)
-        return None if job is None else job.row
+    def allow(self, memory: int) -> None:
+        """Have so many bytes of keys and values for now; what needs more waits."""
+        self._scheduler.memory = memory
 
-    def forget(self, id: int) -> None:
-        """Give back the memory of a request that has ended and left room, unless it is given back already."""
-        if id in self._scheduler.kept:
-            self._scheduler.kept.pop(id).row.close()
-
-    def cancel(self, id: int) -> bool:
-        """End a request and give its memory back, unless it left room and answers already; False if it has ended."""
+    def cancel(self, id: int, *, keep: bool = False) -> bool:
+        """End a request and give its memory back; False if it has ended. keep: let others begin with what it has seen, as
+        where it ends by itself."""
         job = self._scheduler.find(id)
         if job is not None:
+            if keep:
+                self._keep(job)
             self._scheduler.remove(job)
         return job is not None
 
@@ -141,7 +124,7 @@ class Engine:
 
     @property
     def memory_used(self) -> int:
-        """Bytes of keys and values that are set aside for the requests that run or may be gone on from."""
+        """Bytes of keys and values that are set aside for the requests that run, and those of what is kept."""
         return self._scheduler.memory_used
 
     @torch.inference_mode()
@@ -158,15 +141,25 @@ class Engine:
         except BaseException:
             # Some layers remember this step and some do not, so these requests cannot go on; others can.
             for piece in pieces:
-                self._scheduler.remove(piece.job, broken=True)
+                self._scheduler.remove(piece.job)
             raise
         for piece in pieces:
             piece.job.advance(len(piece.ids))
+            # Local layers will forget what they saw of the first chunk, and answers make their own way.
+            if piece.job.seen in (piece.job.begun, self._chunk):
+                self._keep(piece.job)
         tokens = [job.take(choice) for job, choice in zip(choosing, choices, strict=True)]
         for job, token in zip(choosing, tokens, strict=True):
             if token.finish:
+                self._keep(job)
                 self._scheduler.remove(job)
         return tokens
+
+    def _keep(self, job: Job) -> None:
+        """Let others begin with what a request has seen, if it is named."""
+        if job.names is not None and job.seen > job.cached:
+            names = job.names[: job.seen]
+            self.prefixes.keep(job.request.scope, names, job.row, self._scheduler.left)
 
 
 def forward(transformer: Transformer, memory: Memory, pieces: Sequence[Piece]) -> Tensor:
@@ -196,16 +189,6 @@ def _patches(pieces: Sequence[Piece], device: torch.device) -> Patches | None:
             features.append(job.features_ND[low:high].to(device))
         first += len(piece.ids)
     return Patches(torch.tensor(at, device=device), torch.cat(features)) if at else None
-
-
-def _room_in(before: Job, tokens: int) -> KVRow:
-    """The memory of a request for another one behind it. PromptError if it is too little."""
-    if tokens > before.row.tokens:
-        raise PromptError(
-            f"with prompt and answer there would be {tokens:,} tokens in room for {before.row.tokens:,}; "
-            "leave more room with the first request, or submit all tokens anew"
-        )
-    return before.row
 
 
 def stream(engine: Engine) -> Iterator[Token]:

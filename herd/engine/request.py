@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
+from herd.engine.prefixes import Prefixes
 from herd.engine.sampler import Choice, Draws, Sampler
 from herd.errors import PromptError
 from herd.model import KVRow
@@ -22,13 +23,12 @@ Guide = Callable[[Sequence[int], Tensor, KVRow], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1, or room
-    below 0 or given again.
+    """Go on from these token ids until one of eos_ids, or for max_tokens. PromptError if max_tokens is below 1.
 
     guide: changes the logits before each choice, for instance to leave out what may not come next (-inf). images: the
-    features [tokens, D] of each image in the prompt, in their order (`herd.model.vision`). room: memory for so many
-    tokens more, which requests may need that go on from this one. after: the request that this one goes on from, which
-    left room and has ended; the prompt then is what comes behind all of its tokens.
+    features [tokens, D] of each image in the prompt, in their order (`herd.model.vision`). names: of the prompt's
+    tokens (`named`); the request then goes on from what is kept of those of its scope that begin the same, and is kept
+    itself. None: neither.
     """
 
     prompt: Sequence[int]
@@ -37,23 +37,22 @@ class Request:
     eos_ids: Sequence[int] = ()
     guide: Guide | None = None
     images: Sequence[Tensor] = ()
-    room: int = 0
-    after: int | None = None
+    names: Sequence[int] | None = None
+    scope: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))  # the caller may go on with its list
         object.__setattr__(self, "images", tuple(self.images))
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens is {self.max_tokens}; an answer has at least one token")
-        if self.room < 0 or (self.room and self.after is not None):
-            raise PromptError(f"room is {self.room}; it is 0 or more, and given with the first request of several only")
 
 
 @dataclass(frozen=True)
 class Token:
     """Request `request` went on with `id`, an end token included. finish: why it ends here, None if it does not.
 
-    logprob and top (id and logprob of the most likely tokens) if the sampler asks for them.
+    logprob and top (id and logprob of the most likely tokens) if the sampler asks for them. cached: tokens of the
+    prompt that were not computed, for they were kept.
     """
 
     request: int
@@ -61,26 +60,28 @@ class Token:
     finish: Finish | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    cached: int = 0
 
 
 @dataclass(eq=False)
 class Job:
     """A request that waits or runs: its tokens so far, how many of them the model has seen, its memory.
 
-    ids: with those of the requests that it goes on from, to begin with up to the end of the prompt. patches: where
-    features of images take the places of embeddings. kept: whether its memory outlives it.
+    patches: where features of images take the places of embeddings. names: of its tokens, None if nothing is kept.
+    cached: tokens of the prompt that were kept.
     """
 
     id: int
     request: Request
     row: KVRow
     draws: Draws
-    ids: list[int]
     patches: list[int] = field(default_factory=list)
     seen: int = 0
-    kept: bool = False
+    cached: int = 0
 
     def __post_init__(self) -> None:
+        names = self.request.names
+        self.ids, self.names = list(self.request.prompt), None if names is None else list(names)
         self.begun = len(self.ids)
         self.features_ND = torch.cat(list(self.request.images)) if self.request.images else None
 
@@ -88,6 +89,11 @@ class Job:
     def answering(self) -> bool:
         """Whether the model has seen the prompt."""
         return self.seen >= self.begun
+
+    def begin(self, prefixes: Prefixes) -> None:
+        """Remember what is kept of its prompt."""
+        if self.names is not None:
+            self.seen = self.cached = prefixes.fill(self.request.scope, self.names, self.row)
 
     def advance(self, tokens: int) -> None:
         """The model has seen so many tokens more; what images look like is then in its memory."""
@@ -103,12 +109,14 @@ class Job:
     def take(self, choice: Choice) -> Token:
         """Go on with the chosen token."""
         self.ids.append(choice.id)
+        if self.names is not None:
+            self.names.append(choice.id)
         finish: Finish | None = None
         if choice.id in self.request.eos_ids:
             finish = "stop"
         elif len(self.ids) - self.begun == self.request.max_tokens:
             finish = "length"
-        return Token(self.id, choice.id, finish, choice.logprob, choice.top)
+        return Token(self.id, choice.id, finish, choice.logprob, choice.top, self.cached)
 
 
 def check_prompt(cfg: TextConfig, prompt: Sequence[int], others: int = 0) -> None:

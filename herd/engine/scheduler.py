@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
+from herd.engine.prefixes import Prefixes
 from herd.engine.request import Job
 
 
@@ -19,45 +20,47 @@ class Scheduler:
     """First come, first served. A job runs as soon as there is a row, and memory for all it can ever need.
 
     So a job that runs is never interrupted for want of memory. The first one that waits is not overtaken by smaller
-    ones, so every job runs at last; where it needs memory of those that are kept, the oldest of them is given up.
+    ones, so every job runs at last; where it needs memory of what is kept, that is given up.
     """
 
     def __init__(
-        self, rows: int, memory: int | None, prompt_tokens: tuple[int, int], chunk: int | None, start: int
+        self,
+        rows: int,
+        memory: int | None,
+        prompt_tokens: tuple[int, int],
+        chunk: int | None,
+        start: int,
+        prefixes: Prefixes,
     ) -> None:
         """At most so many jobs, bytes of keys and values (None: any), and tokens of prompts in one step: where one job
         runs, and where several do.
 
         chunk: of attention; no piece reaches over the end of one. start: position of the first token of every job.
+        prefixes: what jobs may begin with.
         """
         self.rows, self.memory, self.prompt_tokens = rows, memory, prompt_tokens
-        self.chunk, self.start = chunk, start
+        self.chunk, self.start, self.prefixes = chunk, start, prefixes
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.kept: dict[int, Job] = {}  # that have ended and may be gone on from, the oldest first
 
     @property
     def memory_used(self) -> int:
-        """Bytes that are set aside for the jobs that run and those that are kept or gone on from."""
-        return sum(job.row.nbytes for job in (*self.running, *self.kept.values(), *self.waiting) if self._holds(job))
+        """Bytes that are set aside for the jobs that run, and those of what is kept."""
+        return sum(job.row.nbytes for job in self.running) + self.prefixes.nbytes
 
-    def _holds(self, job: Job) -> bool:
-        return job.seen > 0 or job in self.running
+    @property
+    def left(self) -> int | None:
+        """Bytes that what is kept may take beside the jobs that run; None: any."""
+        return None if self.memory is None else self.memory - sum(job.row.nbytes for job in self.running)
 
     def find(self, id: int) -> Job | None:
         """A job that waits or runs."""
         return next((job for job in (*self.running, *self.waiting) if job.id == id), None)
 
-    def remove(self, job: Job, *, broken: bool = False) -> None:
-        """Forget a job and give its memory back, or keep it if that was asked for and the model has seen its prompt.
-
-        broken: its memory is of no use.
-        """
+    def remove(self, job: Job) -> None:
+        """Forget a job and give its memory back."""
         (self.running if job in self.running else self.waiting).remove(job)
-        if job.kept and job.answering and not broken:
-            self.kept[job.id] = job
-        else:
-            job.row.close()
+        job.row.close()
 
     def plan(self) -> list[Piece]:
         """The next step: one token of every answer, and prompts as far as prompt_tokens go.
@@ -93,10 +96,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.rows:
-            first = self.waiting[0]
-            more = 0 if self._holds(first) else first.row.nbytes
-            while self.memory is not None and self.memory_used + more > self.memory:
-                if not self.kept:
-                    return
-                self.kept.pop(next(iter(self.kept))).row.close()
+            first, left = self.waiting[0], self.left
+            if first.names is not None:
+                self.prefixes.find(first.request.scope, first.names)  # so that others are given up first
+            if left is not None and not self.prefixes.shrink(left - first.row.nbytes):
+                return
             self.running.append(self.waiting.popleft())
+            first.begin(self.prefixes)

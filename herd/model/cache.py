@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from herd.config import TextConfig
-from herd.kernels import attend, layers
+from herd.kernels import attend
+from herd.kernels import layers as packing
 
 _QUERIES = 256  # that are compared with all keys at a time; bounds the memory of a long prompt
 # Sequences that go on by one token are put together where starting an operation for each costs more than copying their
@@ -48,7 +49,7 @@ def visible(query_BT: Tensor, key_BS: Tensor, chunk: int | None) -> Tensor:
 def capacity(cfg: TextConfig, layer: int, tokens: int) -> int:
     """For how many tokens a layer has room where a sequence has so many: local ones for a chunk; in whole panels."""
     chunk = cfg.attention_chunk_size
-    return layers.whole_panels(min(chunk, tokens) if chunk is not None and cfg.is_local(layer) else tokens)
+    return packing.whole_panels(min(chunk, tokens) if chunk is not None and cfg.is_local(layer) else tokens)
 
 
 def bytes_needed(cfg: TextConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -100,7 +101,7 @@ class KVRow:
         if layer not in self._packed:
             cfg = self.cfg
             tokens = capacity(cfg, layer, self.tokens)
-            self._packed[layer] = layers.memory(tokens, cfg.num_key_value_heads, cfg.head_dim)
+            self._packed[layer] = packing.memory(tokens, cfg.num_key_value_heads, cfg.head_dim)
         return self._packed[layer]
 
     @property
@@ -112,7 +113,7 @@ class KVRow:
     def addresses(self, run: range) -> int:
         """Where the addresses of some layers' memory stand, for `kernels.layers.Span`."""
         if run not in self._addresses:
-            self._addresses[run] = layers.addresses([self.packed(layer) for layer in run])
+            self._addresses[run] = packing.addresses([self.packed(layer) for layer in run])
         return ctypes.addressof(self._addresses[run])
 
     def past(self, position: int) -> tuple[int, int]:
@@ -152,43 +153,41 @@ class KVRow:
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
-    def take(self, first: int, stop: int) -> list[Tensor]:
-        """Copies of keys and values [2, G, S, d] of tokens first..stop-1 in each layer, where `stop` is the position
-        that comes next: of local layers those in its chunk only."""
-        places = [(layer, self._begin(layer, stop)) for layer in range(self.cfg.num_hidden_layers)]
-        return [self._copy(layer, max(first, begin) - begin, stop - begin) for layer, begin in places]
+    def take(self, layers: Sequence[int], first: int, stop: int) -> Tensor:
+        """Copy of keys and values [L, 2, G, S, d] of tokens first..stop-1 in some layers. Local ones hold those of the
+        chunk of the last token."""
+        cfg = self.cfg
+        if not layers:
+            return torch.empty(0, 2, cfg.num_key_value_heads, stop - first, cfg.head_dim, dtype=self.dtype)
+        return torch.stack([self._copy(layer, self._place(layer, first), stop - first) for layer in layers])
 
-    def give(self, parts: Sequence[Tensor], stop: int, *, packed: bool) -> None:
-        """Remember what `take` gave, behind what there is. packed: in memory of a packed model (`packed`)."""
-        self._start = 0
-        for layer, kv_2GSd in enumerate(parts):
-            at = stop - self._begin(layer, stop) - kv_2GSd.shape[2]
+    def give(self, layers: Sequence[int], first: int, kv_L2GSd: Tensor, *, packed: bool) -> None:
+        """Remember what `take` gave, from position `first` on. packed: in memory of a packed model (`packed`)."""
+        for layer, kv_2GSd in zip(layers, kv_L2GSd, strict=True):
+            at = self._place(layer, first)
             if packed:
-                if kv_2GSd.numel():
-                    layers.write_memory(self.packed(layer), kv_2GSd, at)
+                packing.write_memory(self.packed(layer), kv_2GSd, at)
                 continue
             if layer not in self._layers:
                 self._layers[layer] = _Layer(self.cfg, layer, self.tokens, kv_2GSd)
             self._layers[layer].kv_2GSd[:, :, at : at + kv_2GSd.shape[2]] = kv_2GSd
-            self._layers[layer].held, self._layers[layer].end = at + kv_2GSd.shape[2], stop
 
-    def cut(self, stop: int) -> None:
-        """Forget the tokens from position `stop` on, which is in the chunk of the next one, or begins one."""
+    def go_on(self, position: int) -> None:
+        """Now all is given that stands before `position`, which comes next."""
+        self._start = 0
         for layer, its in self._layers.items():
-            its.held, its.end = stop - self._begin(layer, stop), stop
+            its.held, its.end = self._place(layer, position), position
 
-    def _begin(self, layer: int, position: int) -> int:
-        """Position of the first token that a layer holds where `position` comes next; rows begin at 0."""
+    def _place(self, layer: int, position: int) -> int:
+        """Where a layer keeps a position; rows begin at 0."""
         assert not self._start, f"a sequence that begins at {self._start}"
         chunk = self.cfg.attention_chunk_size
-        return position // chunk * chunk if chunk is not None and self.cfg.is_local(layer) else 0
+        return position % chunk if chunk is not None and self.cfg.is_local(layer) else position
 
-    def _copy(self, layer: int, first: int, stop: int) -> Tensor:
-        if first == stop:
-            return torch.empty(2, self.cfg.num_key_value_heads, 0, self.cfg.head_dim, dtype=self.dtype)
+    def _copy(self, layer: int, at: int, tokens: int) -> Tensor:
         if layer in self._layers:
-            return self._layers[layer].kv_2GSd[:, :, first:stop].clone()
-        return layers.read_memory(self.packed(layer), self.cfg.num_key_value_heads, self.cfg.head_dim, first, stop)
+            return self._layers[layer].kv_2GSd[:, :, at : at + tokens]
+        return packing.read_memory(self.packed(layer), self.cfg.num_key_value_heads, self.cfg.head_dim, at, at + tokens)
 
     def close(self) -> None:
         """Give the memory back. What the sequence is asked about afterwards does not need it."""

@@ -1,245 +1,234 @@
-"""The keys and values of conversations, in files: a chat goes on after a restart where it was, bit for bit.
+"""What the model has seen of chats, in one SQLite file: a chat goes on after a restart where it was, bit for bit.
 
-One file per chat, a row of records. Each holds what one more turn added: token ids, and keys and values of every layer;
-of local layers those in the chunk of the token that comes next. A record is signed with a hash over itself, the record
-before it and the model, so what is damaged, cut or another model's ends the row there, and the rest is computed again.
-Where a chunk begins, the file is written anew, as one record without the keys and values that no layer sees any more.
+The file holds blocks of keys and values (`herd.engine.Block`) as they are in memory. A block is named by a hash over
+the model and all tokens up to its end, so what several chats begin with, such as a system prompt, is there once; a chat
+is the name of its last block. What no chat leads to is deleted. Numbers carry a hash of their own: what is damaged is
+computed again, and a damaged file made anew. All this is no more than a cache: the words of a chat are in the library.
 
-Shape suffixes: G key/value heads, S tokens, d head_dim.
+Shape suffixes: L layers, G key/value heads, S tokens, d head_dim.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from math import prod
+import sqlite3
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from herd.api import Model
-from herd.model import KVCache, KVRow
+from herd.engine import Block, Prefixes
+from herd.engine.prefixes import common
 
-LIMIT = 8 << 30  # bytes of all files; the conversations that went on longest ago are then given up
-_MAGIC = b"HERDCV01"
-_MAX_HEADER = 1 << 28  # bytes; ten million token ids take less
-_SIGN_BYTES = 32
-
-
-@dataclass(frozen=True)
-class _Record:
-    """ids: of tokens up to before position `stop`. data: place of the keys and values in the file; end: of it all."""
-
-    ids: list[int]
-    stop: int
-    shapes: list[list[int]]
-    data: int
-    end: int
-    sign: bytes
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What is to be written: all token ids, and keys and values of those from `first` on."""
-
-    chat: str
-    ids: list[int]
-    first: int
-    parts: list[Tensor]
+T = TypeVar("T")
+LIMIT = 8 << 30  # bytes of the file; the chats that went on longest ago are then given up
+_HASH_BYTES = 32
+_WAIT_S = 30.0  # for another process that writes
+_SCHEMA = """
+PRAGMA page_size = 16384;
+PRAGMA auto_vacuum = FULL;
+CREATE TABLE IF NOT EXISTS block (
+    key BLOB, before BLOB, names BLOB, global_kv BLOB, local_kv BLOB, PRIMARY KEY (key, before)
+);
+CREATE INDEX IF NOT EXISTS following ON block (before);
+CREATE TABLE IF NOT EXISTS chat (id TEXT PRIMARY KEY, last BLOB, used REAL);
+"""
+_SWEEP = """
+WITH RECURSIVE live (key) AS (
+    SELECT last FROM chat UNION SELECT before FROM block JOIN live USING (key)
+)
+DELETE FROM block WHERE key NOT IN live
+"""
 
 
 class Conversations:
-    """Of one model, in one folder. One thread at a time works on a chat."""
+    """Of one model, in one folder. Safe to share between threads."""
 
     def __init__(self, folder: Path, model: Model, limit: int = LIMIT) -> None:
-        """limit: bytes that all files may take."""
-        self._folder, self._limit, self._cfg = folder, limit, model.config
-        self._dtype, self._packed = model.transformer.memory_dtype, model.transformer.packed is not None
-        kind = f"{model.fingerprint} {self._dtype} {self._packed}"
-        self._seed = hashlib.blake2b(kind.encode(), digest_size=_SIGN_BYTES).digest()
+        """limit: bytes that the file may take."""
+        cfg, dtype = model.config, model.transformer.memory_dtype
+        packed = model.transformer.packed is not None
+        self._file, self._limit, self._cfg, self._dtype = folder / "kv.sqlite", limit, cfg, dtype
+        self._blocks = Prefixes(cfg, dtype, packed=packed)  # which knows where blocks end
+        self._root = _hash(f"{model.fingerprint} {dtype} {packed}".encode())
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.part"):
-            left.unlink(missing_ok=True)
+        for old in (*folder.glob("*.kv"), *folder.glob("*.part")):  # of earlier versions, which computed the same
+            old.unlink(missing_ok=True)
 
-    # What a prompt goes on from
+    def load(self, names: Sequence[int], known: int) -> tuple[list[int], list[Block]]:
+        """What is kept of these tokens beyond the first `known`: all tokens up to its end, and the blocks that these
+        `Prefixes.add`. Nothing if there is no more."""
 
-    def load(self, chat: str, prompt: Sequence[int], tokens: int) -> tuple[list[int], KVRow] | None:
-        """What is kept of a prompt: memory for so many tokens, and those it holds with the one that comes next.
+        def work(db: sqlite3.Connection) -> tuple[list[int], list[Block]]:
+            found = self._find(db, names)
+            stop = self._blocks.reach(
+                [block for _, block in found], sum(common(b.names, names[b.start :]) for _, b in found)
+            )
+            if stop <= known:
+                return [], []
+            begin, whole = min(known, self._blocks.begin(stop)), list[Block]()
+            for key, block in found:
+                if block.start >= stop:
+                    break
+                if block.stop > begin and not self._read(db, key, block, local=block.start >= self._blocks.begin(stop)):
+                    break
+                whole.append(block)
+            return [name for block in whole for name in block.names], [b for b in whole if b.global_kv.numel()]
 
-        None if nothing is. From the first record that is not sound on, the file is cut off.
-        """
-        row, ids, wanted = KVCache(self._cfg, self._dtype).open(tokens), list[int](), len(prompt) - 2
-        with suppress(FileNotFoundError), self._file(chat).open("r+b") as file:
-            sound = len(_MAGIC)
-            for record, data in self._sound(file):
-                sound = record.end
-                if record.stop > tokens:
-                    return self._cut(ids, row, prompt) if ids else None
-                row.give(_tensors(data, record.shapes, self._dtype), record.stop, packed=self._packed)
-                ids += record.ids
-                if len(ids) >= wanted or ids != list(prompt[: len(ids)]):
-                    return self._cut(ids, row, prompt)
-            file.truncate(sound)
-        return self._cut(ids, row, prompt)
+        return self._do(work)
 
-    def fit(self, ids: Sequence[int], row: KVRow, prompt: Sequence[int], tokens: int) -> tuple[list[int], KVRow] | None:
-        """The same of memory at hand, which remembers these ids; it may be another one, with more room."""
-        if row.tokens < tokens:
-            old, row = row, KVCache(self._cfg, self._dtype).open(tokens)
-            row.give(old.take(0, len(ids)), len(ids), packed=self._packed)
-        return self._cut(ids, row, prompt)
+    def write(self, chat: str, blocks: Sequence[Block]) -> None:
+        """Let a chat go on behind blocks that follow each other from the first position on. It is then on disk."""
 
-    def _cut(self, ids: Sequence[int], row: KVRow, prompt: Sequence[int]) -> tuple[list[int], KVRow] | None:
-        """Of what a row remembers, as much as a prompt begins with and the row can go back to."""
-        same = next(
-            (n for n, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
-        )
-        keep, chunk = min(same, len(prompt) - 2), self._cfg.attention_chunk_size
-        # Local layers hold nothing of earlier chunks, but need nothing where one begins.
-        if chunk is not None and keep != len(ids) and keep // chunk != len(ids) // chunk:
-            keep = keep // chunk * chunk
-        if keep < 1:
-            return None
-        row.cut(keep)
-        return list(prompt[: keep + 1]), row
+        def work(db: sqlite3.Connection) -> None:
+            key, keys = self._root, list[bytes]()
+            for block in blocks:
+                before, key = key, _name(key, block.names)
+                keys.append(key)
+                self._write(db, key, before, block)
+            self._thin(db, keys, blocks)
+            db.execute("INSERT OR REPLACE INTO chat VALUES (?, ?, ?)", (chat, key, time.time()))
+            db.execute(_SWEEP)
+            self._make_room(db, chat)
 
-    # What an answer leaves
-
-    def take(self, chat: str, ids: Sequence[int], row: KVRow) -> Turn:
-        """A copy of what a row remembers, these ids, and the chat's file does not hold. To be written by `write`."""
-        stop, chunk = len(ids), self._cfg.attention_chunk_size
-        kept = self._common(chat, ids)
-        first = kept[-1].stop if kept else 0
-        if chunk is not None and first // chunk != stop // chunk:
-            first = 0
-        return Turn(chat, list(ids), first, row.take(first, stop))
-
-    def write(self, turn: Turn) -> None:
-        """Put a turn behind the others of its chat, in place of what does not belong there. It is then on disk."""
-        path, kept = self._file(turn.chat), self._common(turn.chat, turn.ids)
-        before = [record for record in kept if record.stop <= turn.first]
-        if turn.first and before and before[-1].stop == turn.first:
-            with path.open("r+b") as file:
-                file.truncate(before[-1].end)
-                file.seek(before[-1].end)
-                self._append(file, before[-1].sign, turn)
-        elif not turn.first:
-            partial = path.with_suffix(".part")
-            with partial.open("wb") as file:
-                file.write(_MAGIC)
-                self._append(file, self._seed, turn)
-            partial.replace(path)
-        self._make_room(path)
+        if blocks:
+            self._do(work)
 
     def forget(self, chat: str) -> None:
-        """Delete what is kept of a chat."""
-        self._file(chat).unlink(missing_ok=True)
+        """Delete what is kept of a chat, as far as no other one begins the same."""
 
-    # Files
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM chat WHERE id = ?", (chat,))
+            db.execute(_SWEEP)
 
-    def _file(self, chat: str) -> Path:
-        assert chat.isalnum(), chat
-        return self._folder / f"{chat}.kv"
+        self._do(work)
 
-    def _append(self, file: BinaryIO, before: bytes, turn: Turn) -> None:
-        shapes = [list(part.shape) for part in turn.parts]
-        header = json.dumps({"ids": turn.ids[turn.first :], "stop": len(turn.ids), "shapes": shapes}).encode()
-        header += b" " * (-len(header) % 64)  # so that numbers are aligned
-        sign = hashlib.blake2b(before, digest_size=_SIGN_BYTES)
-        blobs = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in turn.parts if part.numel()]
-        for data in (len(header).to_bytes(8, "little"), header, *blobs):
-            sign.update(data)
-            file.write(data)
-        file.write(sign.digest())
-        file.flush()
-        os.fsync(file.fileno())
+    # The file
 
-    def _records(self, file: BinaryIO) -> Iterator[_Record]:
-        """What the headers of a file say, as far as they make sense; whether it is true, `_sound` finds out."""
-        size, at, stop = os.fstat(file.fileno()).st_size, len(_MAGIC), 0
-        if file.read(at) != _MAGIC:
-            return
-        while at + 8 <= size:
-            file.seek(at)
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(_MAX_HEADER, size - at - 8) or (header := _header(file.read(length))) is None:
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Work on the file as one transaction; on an empty one in its place if it is damaged."""
+        with self._lock:
+            try:
+                with self._open() as db:
+                    return work(db)
+            except sqlite3.OperationalError:  # such as a full disk, or a file that is not ours to write
+                raise
+            except sqlite3.DatabaseError:
+                for file in (self._file, Path(f"{self._file}-journal")):
+                    file.unlink(missing_ok=True)
+                with self._open() as db:
+                    return work(db)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self._file, timeout=_WAIT_S, check_same_thread=False)
+        try:
+            db.executescript(_SCHEMA)
+            db.execute("PRAGMA secure_delete = ON")
+            with db:
+                yield db
+        finally:
+            db.close()
+
+    def _find(self, db: sqlite3.Connection, names: Sequence[int]) -> list[tuple[bytes, Block]]:
+        """Keys and blocks that these tokens begin with, without their numbers."""
+        found, key, at = list[tuple[bytes, Block]](), self._root, 0
+        while at < len(names):
+            wanted = tuple(names[at : self._blocks.end(at)])
+            rows = db.execute("SELECT key, names, local_kv IS NULL FROM block WHERE key = ?", (_name(key, wanted),))
+            row = rows.fetchone() or max(
+                db.execute("SELECT key, names, local_kv IS NULL FROM block WHERE before = ?", (key,)),
+                key=lambda row: common(_ids(row[1]), wanted),
+                default=None,
+            )
+            its = () if row is None else _ids(row[1])
+            if row is None or not common(its, wanted) or row[0] != _name(key, its):
+                break
+            key, bare = row[0], torch.empty(0)
+            found.append((key, Block(its, at, bare, None if row[2] else bare)))
+            at += len(its)
+            if its != wanted:
+                break
+        return found
+
+    def _read(self, db: sqlite3.Connection, key: bytes, block: Block, *, local: bool) -> bool:
+        """Read the numbers of a block; False if they are damaged: it is then deleted."""
+        columns = "global_kv, local_kv" if local else "global_kv, NULL"
+        global_kv, local_kv = db.execute(f"SELECT {columns} FROM block WHERE key = ?", (key,)).fetchone()
+        cfg, tokens = self._cfg, len(block.names)
+        shape = (-1, 2, cfg.num_key_value_heads, tokens, cfg.head_dim)
+        opened = [_opened(key, data) for data in (global_kv, local_kv) if data is not None]
+        try:
+            parts = [
+                torch.frombuffer(data, dtype=self._dtype).view(shape) if data else torch.empty(0) for data in opened
+            ]
+        except (TypeError, RuntimeError, ValueError):
+            parts = []
+        if not parts or None in opened or [len(part) for part in parts] != self._blocks.layers[: len(parts)]:
+            db.execute("DELETE FROM block WHERE key = ?", (key,))
+            return False
+        block.global_kv, block.local_kv = parts[0], parts[1] if local and len(parts) > 1 else None
+        return True
+
+    def _write(self, db: sqlite3.Connection, key: bytes, before: bytes, block: Block) -> None:
+        row = db.execute("SELECT local_kv IS NULL FROM block WHERE key = ?", (key,)).fetchone()
+        local_kv = None if block.local_kv is None else _sealed(key, block.local_kv)
+        if row is None:
+            values = (key, before, array("q", block.names).tobytes(), _sealed(key, block.global_kv), local_kv)
+            db.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?)", values)
+        elif row[0] and local_kv is not None:
+            db.execute("UPDATE block SET local_kv = ? WHERE key = ?", (local_kv, key))
+
+    def _thin(self, db: sqlite3.Connection, keys: Sequence[bytes], blocks: Sequence[Block]) -> None:
+        """See `Prefixes`: what local layers looked at in chunks that a chat has left behind."""
+        begin, chunk = self._blocks.begin(blocks[-1].start), self._cfg.attention_chunk_size or 0
+        for key, block in reversed([*zip(keys, blocks, strict=True)][:-1]):
+            others = db.execute("SELECT count(*) FROM block WHERE before = ?", (key,)).fetchone()[0]
+            if others > 1 or block.start < chunk:
+                break
+            if block.start < begin:
+                db.execute("UPDATE block SET local_kv = NULL WHERE key = ? AND local_kv IS NOT NULL", (key,))
+
+    def _make_room(self, db: sqlite3.Connection, newest: str) -> None:
+        """Forget the chats that went on longest ago where all is more than it may be."""
+        size = db.execute("PRAGMA page_size").fetchone()[0]
+        oldest = db.execute("SELECT id FROM chat WHERE id != ? ORDER BY used", (newest,)).fetchall()
+        for (chat,) in oldest:
+            pages, free = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+            if (pages - free) * size <= self._limit:
                 return
-            ids, after, shapes = header["ids"], header["stop"], header["shapes"]
-            data = at + 8 + length
-            end = data + sum(map(prod, shapes)) * self._dtype.itemsize + _SIGN_BYTES
-            if after != stop + len(ids) or not self._fits(shapes, stop, after) or end > size:
-                return
-            file.seek(end - _SIGN_BYTES)
-            yield _Record(ids, after, shapes, data, end, file.read(_SIGN_BYTES))
-            at, stop = end, after
-
-    def _fits(self, shapes: list[list[int]], first: int, stop: int) -> bool:
-        """Whether shapes are those of keys and values of these tokens."""
-        cfg, chunk = self._cfg, self._cfg.attention_chunk_size
-        begins = [
-            max(first, stop // chunk * chunk) if chunk is not None and cfg.is_local(layer) else first
-            for layer in range(cfg.num_hidden_layers)
-        ]
-        return shapes == [[2, cfg.num_key_value_heads, stop - begin, cfg.head_dim] for begin in begins]
-
-    def _sound(self, file: BinaryIO) -> Iterator[tuple[_Record, memoryview]]:
-        """Records with their data, up to the first that is not as it was written, or by another model."""
-        before, at = self._seed, len(_MAGIC)
-        for record in self._records(file):
-            data = bytearray(record.end - at)
-            file.seek(at)
-            file.readinto(data)  # type: ignore[attr-defined]
-            body = memoryview(data)[:-_SIGN_BYTES]
-            sign = hashlib.blake2b(before, digest_size=_SIGN_BYTES)
-            sign.update(body)
-            if sign.digest() != record.sign:
-                return
-            yield record, body[record.data - at :]
-            before, at = record.sign, record.end
-
-    def _common(self, chat: str, ids: Sequence[int]) -> list[_Record]:
-        """The records of a chat that these ids begin with."""
-        kept = list[_Record]()
-        with suppress(FileNotFoundError), self._file(chat).open("rb") as file:
-            for record in self._records(file):
-                if record.ids != list(ids[record.stop - len(record.ids) : record.stop]):
-                    break
-                kept.append(record)
-        return kept
-
-    def _make_room(self, newest: Path) -> None:
-        """Delete the files that were written longest ago where all are more than they may be."""
-        sizes: dict[Path, tuple[float, int]] = {}
-        for path in self._folder.glob("*.kv"):
-            with suppress(FileNotFoundError):
-                sizes[path] = (path.stat().st_mtime, path.stat().st_size)
-        total = sum(size for _, size in sizes.values())
-        for path in sorted(sizes, key=lambda path: sizes[path]):
-            if total > self._limit and path != newest:
-                path.unlink(missing_ok=True)
-                total -= sizes[path][1]
+            db.execute("DELETE FROM chat WHERE id = ?", (chat,))
+            db.execute(_SWEEP)
 
 
-def _header(data: bytes) -> dict[str, Any] | None:
-    """A record's header; None if it is none."""
-    try:
-        header = json.loads(data)
-        ids, stop, shapes = header["ids"], header["stop"], header["shapes"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    numbers = [stop, *ids, *(n for shape in shapes for n in shape)] if _lists(ids, shapes) else [None]
-    return header if all(type(n) is int and n >= 0 for n in numbers) else None
+def _hash(*parts: bytes | bytearray) -> bytes:
+    found = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for part in parts:
+        found.update(part)
+    return found.digest()
 
 
-def _lists(ids: Any, shapes: Any) -> bool:
-    return isinstance(ids, list) and isinstance(shapes, list) and all(isinstance(shape, list) for shape in shapes)
+def _name(before: bytes, names: Sequence[int]) -> bytes:
+    """Key of the block of these tokens behind another one."""
+    return _hash(before, array("q", names).tobytes())
 
 
-def _tensors(data: memoryview, shapes: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    counts = [prod(shape) for shape in shapes]
-    all_numbers = torch.frombuffer(data, dtype=dtype, count=sum(counts)) if sum(counts) else torch.empty(0, dtype=dtype)
-    return [part.view(shape) for part, shape in zip(all_numbers.split(counts), shapes, strict=True)]
+def _ids(names: bytes) -> tuple[int, ...]:
+    return tuple(array("q", names)) if len(names) % 8 == 0 else ()
+
+
+def _sealed(key: bytes, kv_L2GSd: Tensor) -> bytes:
+    data = kv_L2GSd.contiguous().view(torch.uint8).numpy().tobytes()
+    return _hash(key, data) + data
+
+
+def _opened(key: bytes, sealed: bytes) -> bytearray | None:
+    """What was sealed; None if it is not that any more."""
+    data = bytearray(memoryview(sealed)[_HASH_BYTES:])
+    return data if _hash(key, data) == sealed[:_HASH_BYTES] else None

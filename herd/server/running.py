@@ -1,7 +1,7 @@
 """Answers that one engine gives: of all requests without a context, or of those that see the same ones."""
 
 import time
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from herd.api import Model
@@ -14,9 +14,7 @@ from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
 
-ROOM = 2048  # tokens that the next turns of a conversation may take behind the first
 BESIDE = 192  # tokens of prompts in a step, where several requests run
-KEPT = 16  # conversations of an engine that may be gone on from
 
 
 @dataclass(eq=False)
@@ -24,21 +22,20 @@ class Job:
     """An ask on its way. ids: its prompt and, without the last one, the tokens that the model has seen of its answer.
 
     tries: at a question that is held to quotes, of which `told` tokens were told. memory: what it sees contexts with.
-    more: tokens that jobs may need that go on from it; room: all that its memory has room for, 0 if none may go on.
+    names: of its prompt's tokens, None if it goes on from nothing that is kept.
     """
 
     ask: Ask
     answers: Answers
     index: int
     memory: Memory | None = None
-    more: int = 0
+    names: Sequence[int] | None = None
     came: float = field(default_factory=time.perf_counter)
     first: float | None = None
     ids: list[int] = field(default_factory=list)
     row: KVRow | None = None
     tries: list[Try] = field(default_factory=list)
     told: int = 0
-    room: int = 0
     cached: int = 0
 
 
@@ -50,13 +47,10 @@ class Running:
         self.engine = Engine(model.transformer, cache=memory, rows=rows, beside=BESIDE, vision=model.vision)
         self.jobs: dict[int, Job] = {}
         self._model, self._metrics = model, metrics
-        self._kept: OrderedDict[int, tuple[str, list[int], int]] = OrderedDict()  # scope, tokens, room for
 
     def bytes_needed(self, job: Job) -> int:
-        """Of memory that is not set aside yet."""
-        if self._find(job) is not None:
-            return 0
-        tokens = len(job.ask.ids) + job.ask.max_tokens + job.more
+        """Of memory."""
+        tokens = len(job.ask.ids) + job.ask.max_tokens
         return bytes_needed(self._model.config, tokens, self._model.transformer.memory_dtype)
 
     def start(self, job: Job) -> None:
@@ -66,19 +60,14 @@ class Running:
         if ask.question is not None:
             self._try(job, Try(list(ask.ids), Quoting(ask.question, self._model.tokenizer)))
             return
-        before, ids, more = self._find(job), job.ids, job.more
-        job.room = len(ids) + ask.max_tokens + more if more else 0
-        if before is not None:
-            _, seen, job.room = self._kept.pop(before)
-            job.cached, ids, more = len(seen) - 1, ids[len(seen) :], 0
-        self._submit(job, Request(ids, ask.max_tokens, ask.sampler, ends, ask.guide, ask.images, more, before))
+        names = (job.names, ask.scope)
+        self._submit(job, Request(ask.ids, ask.max_tokens, ask.sampler, ends, ask.guide, ask.images, *names))
 
     def cancel(self, job: Job) -> None:
         """End a job and give its memory back."""
         for id in [id for id, its in self.jobs.items() if its is job]:
             del self.jobs[id]
             self.engine.cancel(id)
-            self.engine.forget(id)
 
     def step(self) -> list[str]:
         """One step of the engine; what is said is told. The client of each token."""
@@ -100,26 +89,6 @@ class Running:
                 self._fail(job, error)
         return clients
 
-    def forget(self) -> bool:
-        """Give up the conversation that was kept longest; False if there is none."""
-        if not self._kept:
-            return False
-        id, _ = self._kept.popitem(last=False)
-        self.engine.forget(id)
-        return True
-
-    def release(self, scope: str) -> tuple[list[int], KVRow] | None:
-        """Hand over the newest conversation of a scope: its tokens, and memory of all but the last."""
-        for id in reversed([id for id, (its, _, _) in self._kept.items() if its == scope]):
-            _, ids, _ = self._kept.pop(id)
-            if (row := self.engine.release(id)) is not None:
-                return ids, row
-        return None
-
-    def keep(self, scope: str, ids: list[int], row: KVRow) -> None:
-        """Let a conversation of a scope be gone on from, as `release` gives it."""
-        self._kept[self.engine.keep(ids, row)] = (scope, ids, row.tokens)
-
     def _submit(self, job: Job, request: Request) -> None:
         id = self.engine.submit(request)
         self.jobs[id] = job
@@ -134,7 +103,7 @@ class Running:
 
     def _take(self, job: Job, token: Token) -> None:
         if job.first is None:
-            job.first = time.perf_counter()
+            job.first, job.cached = time.perf_counter(), token.cached
         if job.tries:
             self._take_try(job, token)
             return
@@ -145,7 +114,8 @@ class Running:
         if finish is None:
             job.answers.tell(Told(job.index, (token,)))
             return
-        self._keep(token.request, job)
+        del self.jobs[token.request]
+        self.engine.cancel(token.request, keep=True)  # where a stop string ended it
         self._end(job, (token,), finish)
 
     def _take_try(self, job: Job, token: Token) -> None:
@@ -192,25 +162,3 @@ class Running:
         now = time.perf_counter()
         self._metrics.ended(len(job.ask.ids), job.cached, finish)
         self._metrics.took(None if job.first is None else job.first - job.came, now - job.came)
-
-    def _keep(self, id: int, job: Job) -> None:
-        """Let a conversation be gone on from."""
-        del self.jobs[id]
-        self.engine.cancel(id)  # where a stop string ended it
-        if job.room:
-            self._kept[id] = (job.ask.scope, job.ids, job.room)
-        if len(self._kept) > KEPT:
-            self.forget()
-
-    def _find(self, job: Job) -> int | None:
-        """What a job can go on from: the longest conversation of its scope that its prompt begins with."""
-        ask = job.ask
-        if ask.images or ask.question is not None:
-            return None
-        ids, needed = list(ask.ids), len(ask.ids) + ask.max_tokens
-        fits = [
-            (len(seen), id)
-            for id, (scope, seen, room) in self._kept.items()
-            if scope == ask.scope and needed <= room and len(seen) < len(ids) and ids[: len(seen)] == seen
-        ]
-        return max(fits)[1] if fits else None

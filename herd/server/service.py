@@ -18,14 +18,15 @@ from typing import TypeVar
 from herd.api import Context, Model
 from herd.checkpoint.room import available_memory
 from herd.context.cache import ContextCache
-from herd.engine import check_prompt
+from herd.engine import Block, check_prompt, named
+from herd.engine.prefixes import Names
 from herd.errors import PromptError
-from herd.model import KVRow, Memory
+from herd.model import Memory
 from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, Busy, TooLong
 from herd.server.fair import FairQueue
 from herd.server.metrics import Metrics
-from herd.server.running import ROOM, Job, Running
+from herd.server.running import Job, Running
 
 T = TypeVar("T")
 _log = logging.getLogger("herd.server")
@@ -56,6 +57,7 @@ class Service:
         self.metrics = Metrics() if metrics is None else metrics
         self._waiting: FairQueue[Job] = FairQueue(_size)
         self._engines: dict[_Engine, Running] = {_PLAIN: self._engine(None)}
+        self._prefixes = self._engines[_PLAIN].engine.prefixes
         self._orders: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._open = True
@@ -67,11 +69,12 @@ class Service:
         """Queue the asks of one request. PromptError for one that can never run, such as TooLong; Busy if too many
         wait."""
         memories = [await asyncio.to_thread(self._memory, ask) if ask.contexts else None for ask in asks]
+        for ask, memory in zip(asks, memories, strict=True):
+            self._check(ask, 0 if memory is None else memory.start_position)
+        names = [None if ask.contexts else await self._names(ask) for ask in asks]
         answers = Answers(len(asks), self._cancel)
-        jobs = [
-            Job(ask, answers, index, memory, self._check(ask, 0 if memory is None else memory.start_position))
-            for index, (ask, memory) in enumerate(zip(asks, memories, strict=True))
-        ]
+        its = enumerate(zip(asks, memories, names, strict=True))
+        jobs = [Job(ask, answers, index, memory, name) for index, (ask, memory, name) in its]
         with self._changed:
             if not self._open:
                 raise Busy(_STOPPING, stopping=True)
@@ -101,17 +104,22 @@ class Service:
         self._order(order)
         return await done
 
-    def release(self, scope: str) -> tuple[list[int], KVRow] | None:
-        """See `Running.release`. For the model's thread (`call`)."""
-        return self._engines[_PLAIN].release(scope)
+    def find(self, scope: str, names: Sequence[int]) -> list[Block]:
+        """See `Prefixes.find`. For the model's thread (`call`)."""
+        return self._prefixes.find(scope, names)[0]
 
-    def keep(self, scope: str, ids: list[int], row: KVRow) -> bool:
-        """See `Running.keep`; False where there is no memory for it. For the model's thread (`call`)."""
-        while self.memory_used + row.nbytes > self.memory and self._forget():
-            pass
-        if fits := self.memory_used + row.nbytes <= self.memory:
-            self._engines[_PLAIN].keep(scope, ids, row)
-        return fits
+    def known(self, scope: str, names: Sequence[int]) -> int:
+        """How many of these tokens need not be computed. For the model's thread (`call`)."""
+        return self._prefixes.reach(*self._prefixes.find(scope, names))
+
+    def add(self, scope: str, names: Sequence[int], blocks: Sequence[Block]) -> None:
+        """See `Prefixes.add`. For the model's thread (`call`)."""
+        self._prefixes.add(scope, names, blocks, self.memory - self.memory_used + self._prefixes.nbytes)
+
+    def names(self, ask: Ask) -> Names:
+        """Of the tokens of its prompt."""
+        vision = self.model.vision
+        return named(ask.ids, ask.images, None if vision is None else vision.config.image_token_index)
 
     async def read(self, work: Callable[[], T]) -> T:
         """Run what reads into a context beside the answers, one at a time; where experts are read from disk as they are
@@ -160,11 +168,11 @@ class Service:
         first, *also = ask.contexts
         return first.memory(also, len(ask.ids) + ask.max_tokens)
 
-    def _check(self, ask: Ask, start: int) -> int:
-        """Room for jobs that go on from this one: none if there is no memory for it, or ids do not say what was seen.
+    async def _names(self, ask: Ask) -> Names:
+        return await asyncio.to_thread(self.names, ask) if ask.images else self.names(ask)
 
-        PromptError if an ask can never run.
-        """
+    def _check(self, ask: Ask, start: int) -> None:
+        """PromptError if an ask can never run."""
         cfg = self.model.config
         check_prompt(cfg, ask.ids)
         asked, allowed = len(ask.ids) + ask.max_tokens, cfg.max_position_embeddings - start
@@ -176,13 +184,12 @@ class Service:
                 f"({len(ask.ids):,} in the messages, {ask.max_tokens:,} in the completion). "
                 "Please reduce the length of the messages or completion."
             )
-        needed, with_room = (bytes_needed(cfg, n, self.model.transformer.memory_dtype) for n in (asked, asked + ROOM))
+        needed = bytes_needed(cfg, asked, self.model.transformer.memory_dtype)
         if needed > self.memory:
             raise TooLong(
                 f"{asked:,} tokens ({len(ask.ids):,} in the prompt, {ask.max_tokens:,} in the answer) need {needed:,} "
                 f"bytes for keys and values; this server has {self.memory:,}: shorten them, or give it more memory"
             )
-        return 0 if ask.images or ask.question is not None or with_room > self.memory else ROOM
 
     def _has_place(self, asks: Sequence[Ask]) -> bool:
         """Whether asks may wait: in the queue, or as the only one of a client while the queue is not twice full, so
@@ -221,6 +228,8 @@ class Service:
                     order()
                 self._admit()
                 for running in self._engines.values():
+                    others = self.memory_used - running.engine.memory_used
+                    running.engine.allow(self.memory - others)
                     clients = running.step()
                     with self._changed:
                         for client in clients:
@@ -247,10 +256,10 @@ class Service:
             if self.rows - self.running <= self._spare and _size(job) > SHORT:
                 return
             running = self._running(job)
-            needed = running.bytes_needed(job)
-            while self.memory_used + needed > self.memory and self._forget():
-                needed = running.bytes_needed(job)
-            if self.memory_used + needed > self.memory:
+            if job.names is not None:
+                self.find(job.ask.scope, job.names)  # so that others are given up first
+            left = self.memory - self.memory_used - running.bytes_needed(job)
+            if not self._prefixes.shrink(left + self._prefixes.nbytes):
                 return
             with self._changed:
                 self._waiting.pop()
@@ -269,10 +278,6 @@ class Service:
         for key in idle[: max(0, len(idle) - IDLE)]:
             del self._engines[key]
         return running
-
-    def _forget(self) -> bool:
-        """Give up a conversation that is kept, if there is one."""
-        return any(running.forget() for running in self._engines.values())
 
 
 def _size(job: Job) -> int:

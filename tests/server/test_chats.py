@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,11 @@ def test_everything_is_exported_and_imported(server: Served) -> None:
 
 def test_a_deleted_chat_leaves_nothing(server: Served) -> None:
     chat = new_chat(server.url)
-    ask(server.url, chat, "secret")
+    ask(server.url, chat, "a secret")
     library: Library = server.app.state.server.library
-    file = library.folder / "conversations" / f"{chat}.kv"
-    while not file.exists():
+    file = library.folder / "conversations" / "kv.sqlite"
+    secret = array("q", server.model.tokenizer.encode("a secret")).tobytes()
+    while secret not in file.read_bytes():
         time.sleep(0.02)
     assert server.http.delete(f"/api/chats/{chat}").status_code == 204
-    assert not file.exists() and server.http.get(f"/api/chats/{chat}").status_code == 404
+    assert secret not in file.read_bytes() and server.http.get(f"/api/chats/{chat}").status_code == 404

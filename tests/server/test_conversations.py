@@ -1,6 +1,11 @@
-"""Keys and values of conversations in files: after a restart or an edit, all is as if nothing had happened."""
+"""Keys and values of chats in a file: after a restart or an edit, all is as if nothing had happened."""
 
+import os
 import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +17,11 @@ from hypothesis import strategies as st
 import herd
 from herd import checkpoint
 from herd.api import Model
-from herd.engine import Engine, Request, stream
-from herd.model import KVRow, Transformer
+from herd.engine import Block, Engine, Request, stream
+from herd.model import Transformer
 from herd.server.conversations import Conversations
 from tests.conftest import tiny_config
 
-CHUNK = 64
 NEVER = 256  # a token that is not said
 
 
@@ -41,38 +45,28 @@ def ids(count: int, seed: int) -> list[int]:
     return torch.randint(NEVER, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def turn(
-    model: Model, prompt: list[int], before: tuple[list[int], KVRow] | None = None, count: int = 3
-) -> tuple[list[int], KVRow]:
-    """All tokens after a turn, and memory of all but the last. before: the same of what the prompt goes on from."""
+def turn(engine: Engine, prompt: list[int], count: int = 3) -> tuple[list[int], int]:
+    """All tokens after a turn, and how many were not computed."""
+    engine.submit(Request(prompt, count, names=prompt))
+    tokens = list(stream(engine))
+    return [*prompt, *(token.id for token in tokens)], tokens[0].cached
+
+
+def blocks(engine: Engine, names: list[int]) -> list[Block]:
+    return engine.prefixes.find("", names)[0]
+
+
+def same(a: Engine, b: Engine, names: list[int]) -> bool:
+    """Whether both hold the same of these tokens, bit for bit."""
+    pairs = list(zip(blocks(a, names), blocks(b, names), strict=True))
+    return all(x.names == y.names and torch.equal(x.global_kv, y.global_kv) for x, y in pairs) and bool(pairs)
+
+
+def loaded(chats: Conversations, model: Model, prompt: list[int]) -> Engine:
+    """An engine as of a new process, with what is kept of a prompt."""
     engine = Engine(model.transformer)
-    if before is None:
-        id = engine.submit(Request(prompt, count, room=1024))
-    else:
-        said, row = before
-        assert prompt[: len(said)] == said
-        id = engine.submit(Request(prompt[len(said) :], count, after=engine.keep(said, row)))
-    chosen = [token.id for token in stream(engine)]
-    kept = engine.release(id)
-    assert kept is not None
-    return [*prompt, *chosen], kept
-
-
-def saved(chats: Conversations, model: Model, lengths: list[int]) -> tuple[list[int], KVRow]:
-    """A chat of such turns, saved after each of them."""
-    now = None
-    for number, length in enumerate(lengths):
-        now = turn(model, [*(now[0] if now else []), *ids(length, number)], now)
-        chats.write(chats.take("a", now[0][:-1], now[1]))
-    assert now is not None
-    return now
-
-
-def same(a: tuple[list[int], KVRow], b: tuple[list[int], KVRow]) -> bool:
-    """Whether tokens and memory are equal, bit for bit."""
-    stop = len(a[0]) - 1
-    both = zip(a[1].take(0, stop), b[1].take(0, stop), strict=True)
-    return a[0] == b[0] and all(torch.equal(x, y) for x, y in both)
+    engine.add("", *chats.load(prompt, 0))
+    return engine
 
 
 @settings(max_examples=12)
@@ -80,85 +74,151 @@ def same(a: tuple[list[int], KVRow], b: tuple[list[int], KVRow]) -> bool:
 def test_after_restarts_a_chat_is_what_it_would_have_been(
     tmp_path_factory: pytest.TempPathFactory, model: Model, lengths: list[int]
 ) -> None:
-    folder, now, again = tmp_path_factory.mktemp("kv"), None, None
+    folder, engine, now = tmp_path_factory.mktemp("kv"), Engine(model.transformer), list[int]()
     for number, length in enumerate(lengths):
-        prompt = [*(now[0] if now else []), *ids(length, number)]
-        chats = Conversations(folder, model)  # as of a new process
-        found = chats.load("a", prompt, 1024)
-        assert (found is None) == (number == 0)
-        now, again = turn(model, prompt, now), turn(model, prompt, found)
-        assert same(now, again)
-        chats.write(chats.take("a", again[0][:-1], again[1]))
+        prompt = [*now, *ids(length, number)]
+        chats = Conversations(folder, model)
+        again = loaded(chats, model, prompt)
+        (now, cached), (said, seen) = turn(engine, prompt), turn(again, prompt)
+        assert now == said and cached == seen and (cached > 0) == (number > 0)
+        assert same(engine, again, now[:-1])
+        chats.write("a", blocks(again, now[:-1]))
 
 
-@settings(max_examples=12)
-@given(st.integers(2, 200), st.integers(0, 200), st.integers(2, 60))
-def test_an_edited_chat_goes_on_from_where_it_was_edited(
-    tmp_path_factory: pytest.TempPathFactory, model: Model, length: int, back: int, more: int
+@settings(max_examples=15)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from("wf"), st.integers(0, 150), st.integers(1, 90)), max_size=6
+    )
+)
+def test_chats_are_those_of_a_dictionary(
+    tmp_path_factory: pytest.TempPathFactory, model: Model, steps: list[tuple[str, str, int, int]]
 ) -> None:
-    chats = Conversations(tmp_path_factory.mktemp("kv"), model)
-    said, row = saved(chats, model, [length])
-    back = min(back, len(said) - 1)
-    edited = [*said[:back], NEVER, *ids(more, 1)]
-    in_file, at_hand = chats.load("a", edited, 1024), chats.fit(said[:-1], row, edited, 1024)
-    # What a local layer sees is gone where its chunk is; what begins a chunk needs nothing of it.
-    kept = back if back // CHUNK == (len(said) - 1) // CHUNK else back // CHUNK * CHUNK
-    assert [found and len(found[0]) - 1 for found in (in_file, at_hand)] == [kept or None] * 2
-    if in_file is None or at_hand is None:
-        return
-    assert same(in_file, at_hand)
-    went_on = turn(model, edited, in_file)
-    assert same(went_on, turn(model, edited, at_hand))
-    chats.write(chats.take("a", went_on[0][:-1], went_on[1]))
-    read = chats.load("a", [*went_on[0], NEVER], 1024)
-    assert read is not None and same(read, went_on)
+    """Edited anywhere and forgotten: what a chat had last is there, and nothing that no chat has."""
+    engine, folder = Engine(model.transformer), tmp_path_factory.mktemp("kv")
+    last: dict[str, list[int]] = {}
+    for number, (chat, does, back, more) in enumerate(steps):
+        chats = Conversations(folder, model)
+        if does == "f":
+            chats.forget(chat)
+            last.pop(chat, None)
+        else:
+            said, _ = turn(engine, [*last.get(chat, [])[:back], *ids(more, number)])
+            last[chat] = said[:-1]
+            chats.write(chat, blocks(engine, last[chat]))
+        for names in last.values():
+            found, _ = chats.load([*names, NEVER], 0)
+            assert found[: len(names)] == names
+        wanted = set[tuple[int, ...]]()
+        for names in last.values():
+            stop = 0
+            while stop < len(names):
+                stop = min(engine.prefixes.end(stop), len(names))
+                wanted.add(tuple(names[:stop]))
+        assert count(folder) == len(wanted)
 
 
-def test_a_chat_moves_into_a_larger_memory(tmp_path: Path, model: Model) -> None:
-    chats = Conversations(tmp_path, model)
-    now = saved(chats, model, [100, 30])
-    moved = chats.fit(now[0][:-1], now[1], [*now[0], NEVER], 3000)
-    assert moved is not None and moved[1].tokens == 3000 and same(moved, now)
+def count(folder: Path) -> int:
+    """Blocks in the file."""
+    with sqlite3.connect(folder / "kv.sqlite") as db:
+        return int(db.execute("SELECT count(*) FROM block").fetchone()[0])
 
 
-@settings(max_examples=20)
+def test_what_chats_begin_with_is_there_once(tmp_path: Path, model: Model) -> None:
+    engine, chats, system = Engine(model.transformer), Conversations(tmp_path, model), ids(128, 0)
+    for number, chat in enumerate("abc"):
+        said, _ = turn(engine, [*system, *ids(5, number + 1)])
+        chats.write(chat, blocks(engine, said[:-1]))
+    assert count(tmp_path) == 2 + 3
+    chats.forget("a")
+    assert count(tmp_path) == 2 + 2
+    again = loaded(Conversations(tmp_path, model), model, [*system, *ids(9, 9)])
+    assert turn(again, [*system, *ids(9, 9)])[1] >= 128, "a new chat finds it after a restart, too"
+
+
+@settings(max_examples=30)
 @given(st.data())
 def test_what_is_damaged_is_never_used(
     tmp_path_factory: pytest.TempPathFactory, model: Model, data: st.DataObject
 ) -> None:
-    folder = tmp_path_factory.mktemp("kv")
+    folder, engine = tmp_path_factory.mktemp("kv"), Engine(model.transformer)
     chats = Conversations(folder, model)
-    said, row = saved(chats, model, [20, 5, 7])
-    file = folder / "a.kv"
+    said, _ = turn(engine, ids(150, 0))
+    chats.write("a", blocks(engine, said[:-1]))
+    file = folder / "kv.sqlite"
     whole = file.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
-    cut = data.draw(st.booleans())
-    file.write_bytes(
-        whole[:at] if cut else whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
-    )
-    found = chats.load("a", [*said, NEVER], 1024)
-    if found is not None:
-        assert len(found[0]) < len(said) and same(found, (said[: len(found[0])], row))
-    again = turn(model, [*said, *ids(4, 9)], found)  # mends the file
-    chats.write(chats.take("a", again[0][:-1], again[1]))
-    read = chats.load("a", [*again[0], NEVER], 1024)
-    assert read is not None and same(read, again)
+    changed = b"" if data.draw(st.booleans()) else bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    file.write_bytes(whole[:at] + changed)
+    again = Engine(model.transformer)
+    found, new = chats.load([*said, NEVER], 0)
+    again.add("", found, new)
+    assert found == said[: len(found)]
+    for block, true in zip(blocks(again, said), blocks(engine, said), strict=False):
+        assert torch.equal(block.global_kv, true.global_kv)
+        assert block.local_kv is None or true.local_kv is None or torch.equal(block.local_kv, true.local_kv)
+    more, _ = turn(again, [*said, *ids(4, 9)])  # mends the file
+    chats.write("a", blocks(again, more[:-1]))
+    assert chats.load([*more, NEVER], 0)[0] == more[:-1]
 
 
 def test_another_model_computes_anew(tmp_path: Path, model: Model) -> None:
-    said, _ = saved(Conversations(tmp_path, model), model, [20])
-    other = Conversations(tmp_path, replace(model, fingerprint="other"))
-    assert other.load("a", [*said, NEVER], 1024) is None
+    engine = Engine(model.transformer)
+    said, _ = turn(engine, ids(20, 0))
+    Conversations(tmp_path, model).write("a", blocks(engine, said[:-1]))
+    assert Conversations(tmp_path, replace(model, fingerprint="other")).load(said, 0) == ([], [])
 
 
-def test_files_have_a_limit_and_the_oldest_go(tmp_path: Path, model: Model) -> None:
-    said, row = turn(model, ids(20, 0))
-    probe = Conversations(tmp_path, model)
-    probe.write(probe.take("a", said[:-1], row))
-    size = (tmp_path / "a.kv").stat().st_size
-    chats = Conversations(tmp_path, model, limit=2 * size)
-    for chat in "bc":
-        chats.write(chats.take(chat, said[:-1], row))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.kv", "c.kv"]
-    chats.forget("b")
-    assert chats.load("b", [*said, NEVER], 1024) is None and chats.load("c", [*said, NEVER], 1024) is not None
+def test_files_of_earlier_versions_make_room(tmp_path: Path, model: Model) -> None:
+    (tmp_path / "0a.kv").write_bytes(b"HERDCV01")
+    assert Conversations(tmp_path, model).load(ids(9, 0), 0) == ([], [])
+    assert [path.name for path in tmp_path.iterdir()] == ["kv.sqlite"]
+
+
+def test_the_file_has_a_limit_and_the_oldest_chats_go(tmp_path: Path, model: Model) -> None:
+    engine, limit = Engine(model.transformer), 400_000
+    chats, said = Conversations(tmp_path, model, limit), list[list[int]]()
+    for number in range(12):
+        said.append(turn(engine, ids(300, number))[0][:-1])
+        chats.write(f"{number}", blocks(engine, said[-1]))
+        assert (tmp_path / "kv.sqlite").stat().st_size <= limit + 16384
+    there = [bool(chats.load([*names, NEVER], 0)[0]) for names in said]
+    assert there == sorted(there) and there[-1] and not there[0]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+import herd
+from herd.engine import Engine, Request, stream
+from herd.server.conversations import Conversations
+
+torch.set_num_threads(1)
+model = herd.load(sys.argv[1])
+engine, chats, now = Engine(model.transformer), Conversations(Path(sys.argv[2]), model), [1, 2, 3]
+while True:
+    engine.submit(Request(now, 40, names=now))
+    now = [*now, *(token.id for token in stream(engine)), 5]
+    chats.write("a", engine.prefixes.find("", now)[0])
+    print(*now[:-2], flush=True)
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 3, 6])
+def test_a_kill_loses_nothing_that_was_written(tiny_model: Path, tmp_path: Path, lines: int) -> None:
+    """Killed while it goes on: all that it said was written is there, and as an engine computes it."""
+    command = [sys.executable, "-c", WRITER, str(tiny_model), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            line = process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        said = [line, *process.stdout.readlines()]
+    written = [int(id) for id in [line for line in said if line.endswith("\n")][-1].split()]
+    model = herd.load(tiny_model)
+    found, _ = Conversations(tmp_path, model).load([*written, NEVER], 0)
+    assert found[: len(written)] == written
+    again, whole = loaded(Conversations(tmp_path, model), model, [*written, 5]), Engine(model.transformer)
+    (answer, cached), (expected, _) = turn(again, [*written, 5], 10), turn(whole, [*written, 5], 10)
+    assert answer == expected and cached == len(written)
