@@ -46,7 +46,7 @@ class Kept:
             out(said[-1])
         said.append(text.finish())
         out(said[-1])
-        self._files.write(chat, engine.prefixes.find("", [*ids, *chosen])[0])
+        self._files.write(chat, engine.prefixes.blocks("", [*ids, *chosen]))
         return "".join(said)
 
 

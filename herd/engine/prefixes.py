@@ -113,6 +113,15 @@ class Prefixes:
         self._use(found)
         return found, at
 
+    def blocks(self, scope: str, names: Sequence[int]) -> list[Block]:
+        """Blocks of these tokens and no others, to be kept elsewhere."""
+        found, same = self.find(scope, names)
+        if found and found[-1].stop > same:
+            last, tokens = found[-1], same - found[-1].start
+            local_kv = None if last.local_kv is None else last.local_kv[..., :tokens, :]
+            found[-1] = Block(last.names[:tokens], last.start, last.global_kv[..., :tokens, :], local_kv)
+        return found
+
     def reach(self, blocks: Sequence[Block], stop: int) -> int:
         """How far blocks lead, at most to `stop`: in its chunk, they must have what local layers look at."""
         begin = self.begin(stop)

@@ -141,14 +141,19 @@ class Conversations:
         found, key, at = list[tuple[bytes, Block]](), self._root, 0
         while at < len(names):
             wanted = tuple(names[at : self._blocks.end(at)])
-            rows = db.execute("SELECT key, names, local_kv IS NULL FROM block WHERE key = ?", (_name(key, wanted),))
+            rows = db.execute(
+                "SELECT key, names, local_kv IS NULL, rowid FROM block WHERE key = ?", (_name(key, wanted),)
+            )
             row = rows.fetchone() or max(
-                db.execute("SELECT key, names, local_kv IS NULL FROM block WHERE before = ?", (key,)),
+                db.execute("SELECT key, names, local_kv IS NULL, rowid FROM block WHERE before = ?", (key,)),
                 key=lambda row: common(_ids(row[1]), wanted),
                 default=None,
             )
             its = () if row is None else _ids(row[1])
-            if row is None or not common(its, wanted) or row[0] != _name(key, its):
+            if row is not None and row[0] != _name(key, its):  # damaged
+                db.execute("DELETE FROM block WHERE rowid = ?", (row[3],))
+                break
+            if row is None or not common(its, wanted):
                 break
             key, bare = row[0], torch.empty(0)
             found.append((key, Block(its, at, bare, None if row[2] else bare)))

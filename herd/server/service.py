@@ -104,9 +104,9 @@ class Service:
         self._order(order)
         return await done
 
-    def find(self, scope: str, names: Sequence[int]) -> list[Block]:
-        """See `Prefixes.find`. For the model's thread (`call`)."""
-        return self._prefixes.find(scope, names)[0]
+    def blocks(self, scope: str, names: Sequence[int]) -> list[Block]:
+        """See `Prefixes.blocks`. For the model's thread (`call`)."""
+        return self._prefixes.blocks(scope, names)
 
     def known(self, scope: str, names: Sequence[int]) -> int:
         """How many of these tokens need not be computed. For the model's thread (`call`)."""
@@ -257,7 +257,7 @@ class Service:
                 return
             running = self._running(job)
             if job.names is not None:
-                self.find(job.ask.scope, job.names)  # so that others are given up first
+                self._prefixes.find(job.ask.scope, job.names)  # so that others are given up first
             left = self.memory - self.memory_used - running.bytes_needed(job)
             if not self._prefixes.shrink(left + self._prefixes.nbytes):
                 return

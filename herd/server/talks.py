@@ -340,7 +340,7 @@ class Talks:
         service, ask = self._server.service, talk.ask
         try:
             names = await asyncio.to_thread(service.names, ask)
-            blocks = await service.call(partial(service.find, ask.scope, [*names, *talk.ids]))
+            blocks = await service.call(partial(service.blocks, ask.scope, [*names, *talk.ids]))
             await asyncio.to_thread(self._conversations.write, chat, blocks)
         except Exception:  # such as a full disk
             _log.exception("what the model has seen of a chat was not saved; it will be computed again")

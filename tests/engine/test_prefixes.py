@@ -116,6 +116,14 @@ def test_an_image_is_gone_on_from_only_where_it_shows_the_same() -> None:
     assert cached == [0, len(ids) - 1, 2, len(ids) - 1]
 
 
+def test_blocks_to_be_kept_elsewhere_hold_no_other_tokens(model: Transformer) -> None:
+    engine, ids = Engine(model), text(20)
+    ask(engine, ids)
+    found = engine.prefixes.blocks("", [*ids[:6], 96])
+    assert [name for block in found for name in block.names] == ids[:6]
+    assert all(block.global_kv.shape[3] == len(block.names) for block in found)
+
+
 def test_scopes_share_nothing(model: Transformer) -> None:
     engine = Engine(model)
     ids = text(20)

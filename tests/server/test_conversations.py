@@ -53,7 +53,7 @@ def turn(engine: Engine, prompt: list[int], count: int = 3) -> tuple[list[int], 
 
 
 def blocks(engine: Engine, names: list[int]) -> list[Block]:
-    return engine.prefixes.find("", names)[0]
+    return engine.prefixes.blocks("", names)
 
 
 def same(a: Engine, b: Engine, names: list[int]) -> bool:
@@ -200,7 +200,7 @@ engine, chats, now = Engine(model.transformer), Conversations(Path(sys.argv[2]),
 while True:
     engine.submit(Request(now, 40, names=now))
     now = [*now, *(token.id for token in stream(engine)), 5]
-    chats.write("a", engine.prefixes.find("", now)[0])
+    chats.write("a", engine.prefixes.blocks("", now))
     print(*now[:-2], flush=True)
 """
 
