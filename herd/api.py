@@ -25,7 +25,7 @@ from herd.context.quoting import Quoting, Try
 from herd.context.read import Progress, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
-from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, stream
+from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, look_by_names, stream
 from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, Weights
 from herd.model import Transformer
@@ -322,6 +322,7 @@ class Context:
         tries = [Try(prompt, guide) for prompt, guide in zip(prompts, guides, strict=True)]
         said = _Said(tokenizer, on_text)
         self._run(tries, cache, max_tokens, said)
+        look_by_names(self._model.transformer, cache, [one for one in tries if one.doubted], max_tokens)
         # A second try counts only if it is sure, so nothing of it is told before its end.
         doubted = {i: again for i, one in enumerate(tries) if (again := one.again()) is not None}
         self._run(list(doubted.values()), cache, max_tokens)

@@ -6,6 +6,7 @@ of one key/value head, K runs of chunks of the context, n tokens of a chunk.
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -41,7 +42,7 @@ class ContextRow(KVRow):
     def __init__(self, cfg: TextConfig, tokens: int, dtype: torch.dtype, runs: list[Run], asks: int) -> None:
         """asks: position of the last token of the prompt."""
         super().__init__(cfg, tokens, dtype)
-        self._runs, self._asks, self._layers_that_look = runs, asks, len(cfg.global_layers)
+        self._runs, self.asks, self._layers_that_look = runs, asks, len(cfg.global_layers)
         # Attention mass per run is kept; looks are few, so a closer one is computed when asked for.
         self._mass_K = self._last_K = torch.zeros(len(runs))
         self._missed = 0.0
@@ -51,7 +52,7 @@ class ContextRow(KVRow):
         """Note what `tokens` tokens saw in a global layer, the first at `position`: q, log-denominators and results of
         a scan of them. Layers come in their order."""
         self._missed = max(self._missed, float(found.left_out_GR.max()))
-        if position + tokens - 1 < self._asks:
+        if position + tokens - 1 < self.asks:
             return
         last = slice(-q_GRd.shape[1] // tokens, None)
         mass_K = torch.exp(found.lse_KGR[:, :, last] - total_GR[:, last]).mean((1, 2)) / self._layers_that_look
@@ -127,6 +128,14 @@ class ContextCache:
         self.start_position = start_position(stores, cfg.max_position_embeddings, room)
         self._runs = [run for store in stores for run in runs(store)]
         self._parts = parts(self._runs)
+        self._glances = False
+
+    def glances(self) -> "ContextCache":
+        """The same contexts for sequences of which only the tokens that choose one look at them, all others at their
+        own sequence: with one global layer these looks are the same, and with a long prompt far cheaper."""
+        glancing = copy(self)
+        glancing._glances = True
+        return glancing
 
     def open(self, tokens: int, prompt: int = 1) -> ContextRow:
         """See `herd.model.Memory`."""
@@ -134,7 +143,8 @@ class ContextCache:
 
     def rows(self, rows: Sequence[KVRow], counts: Sequence[int] | None = None) -> "ContextRows":
         """See `herd.model.Memory`. The rows are of this cache."""
-        return ContextRows(self.cfg, self._runs, self._parts, cast(Sequence[ContextRow], rows), counts)
+        its = cast(Sequence[ContextRow], rows)
+        return ContextRows(self.cfg, self._runs, self._parts, its, counts, glances=self._glances)
 
 
 class ContextRows:
@@ -147,8 +157,10 @@ class ContextRows:
         parts: list[Parts],
         rows: Sequence[ContextRow],
         counts: Sequence[int] | None,
+        *,
+        glances: bool = False,
     ) -> None:
-        self.cfg, self._runs, self._parts = cfg, runs, parts
+        self.cfg, self._runs, self._parts, self._glances = cfg, runs, parts, glances
         self._rows, self._own = rows, KVRows(rows, counts)
         self._place = {layer: place for place, layer in enumerate(cfg.global_layers)}
 
@@ -162,28 +174,48 @@ class ContextRows:
             return self._own.attend(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
         _check_files(self._runs)
         own_BTHd, own_BTH = self._own.attend_partial(layer, q_BTHd, k_BTGd, v_BTGd, positions_BT)
-        real_BT = positions_BT >= 0
-        q_NHd = q_BTHd[real_BT] / math.sqrt(q_BTHd.shape[-1])
+        looks = self._looks(positions_BT)
+        at_N = torch.tensor([at for look in looks for at in look], dtype=torch.long, device=q_BTHd.device)
+        if not len(at_N):
+            return own_BTHd.to(q_BTHd.dtype)
+        # Views: what is found is written into own_BTHd.
+        all_NHd, all_NH = own_BTHd.flatten(0, 1), own_BTH.flatten(0, 1)
+        q_NHd = q_BTHd.flatten(0, 1)[at_N] / math.sqrt(q_BTHd.shape[-1])
         q_GRd = _by_head(q_NHd, k_BTGd.shape[2]).cpu()
         place = self._place[layer]
-        found = scan(q_GRd, self._parts[place], _by_head(own_BTH[real_BT], len(q_GRd)).cpu())
+        found = scan(q_GRd, self._parts[place], _by_head(all_NH[at_N], len(q_GRd)).cpu())
         out_NHd, lse_NH = (_by_token(x, len(q_NHd)).to(own_BTHd.device) for x in (found.out_GRd, found.lse_GR))
-        out_NHd, total_NH = merge_partials([(own_BTHd[real_BT], own_BTH[real_BT]), (out_NHd, lse_NH)])
-        own_BTHd[real_BT] = out_NHd
-        self._record(place, q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT)
+        all_NHd[at_N], total_NH = merge_partials([(all_NHd[at_N], all_NH[at_N]), (out_NHd, lse_NH)])
+        self._record(place, q_GRd, _by_head(total_NH.cpu(), len(q_GRd)), found, positions_BT, list(map(len, looks)))
         return own_BTHd.to(q_BTHd.dtype)
 
-    def _record(self, layer: int, q_GRd: Tensor, total_GR: Tensor, found: Attention, positions_BT: Tensor) -> None:
-        spans = self._own.spans(positions_BT)
-        counts = [span.stop - span.start for span, _ in spans]
+    def _looks(self, positions_BT: Tensor) -> list[range]:
+        """Of each sequence: where the new tokens that look at the contexts stand in the flattened batch."""
+        looks = []
+        for row, (span, position) in zip(self._rows, self._own.spans(positions_BT), strict=True):
+            first = span.start + max(row.asks - position, 0) if self._glances else span.start
+            looks.append(range(min(first, span.stop), span.stop))
+        return looks
+
+    def _record(
+        self,
+        layer: int,
+        q_GRd: Tensor,
+        total_GR: Tensor,
+        found: Attention,
+        positions_BT: Tensor,
+        counts: Sequence[int],
+    ) -> None:
+        """counts: tokens of each sequence that looked, the last of its new ones."""
         group, at = q_GRd.shape[1] // sum(counts), 0  # tokens are counted sequence after sequence
-        for row, count, (_, position) in zip(self._rows, counts, spans, strict=True):
+        for row, count, (span, position) in zip(self._rows, counts, self._own.spans(positions_BT), strict=True):
             mine = slice(at * group, (at + count) * group)
             at += count
             if count:
                 its = (found.out_GRd[:, mine], found.lse_GR[:, mine], found.lse_KGR[:, :, mine])
                 part = Attention(*its, found.left_out_GR[:, mine])
-                row.record(layer, q_GRd[:, mine], total_GR[:, mine], part, count, position)
+                first = position + span.stop - span.start - count
+                row.record(layer, q_GRd[:, mine], total_GR[:, mine], part, count, first)
 
 
 def _by_head(x_NH: Tensor, G: int) -> Tensor:

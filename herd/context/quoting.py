@@ -12,6 +12,7 @@ from torch import Tensor
 
 from herd.context.cache import ContextRow
 from herd.model import KVRow
+from herd.prompt.naming import namings
 from herd.prompt.quotes import ABSENT, Quotes, Worth
 
 LOOKED = 0.01  # of a look's attention: chunks with less are not quoted
@@ -24,6 +25,8 @@ class Pieces(Protocol):
     eos_ids: list[int]
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
 
     def raw(self, ids: Sequence[int]) -> bytes: ...
 
@@ -44,16 +47,24 @@ class Quoting:
     def __call__(self, ids: Sequence[int], logits_V: Tensor, row: KVRow) -> Tensor:
         """Logits of the next token after the answer's ids, -inf for those that lead to no answer."""
         assert isinstance(row, ContextRow)
-        for store, chunk in row.looked_at(LOOKED):
-            if (id(store), chunk) not in self._seen:
-                header, _, text = self._tokenizer.decode(store.ids(chunk)).partition("\n")
-                self._see((id(store), chunk), header, text)
+        self.look(row)
         quoting, absent = self._next(self._tokenizer.raw(ids))
         guided_V = logits_V.new_full(logits_V.shape, -math.inf)
         for tokens, cost in ((absent - quoting, _ABSENT_COST if quoting else 0.0), (quoting, 0.0)):
             index = list(tokens)
             guided_V[index] = logits_V[index] - cost
         return guided_V
+
+    def look(self, row: ContextRow) -> None:
+        """Allow quotes of what the last token of a row looked at."""
+        for store, chunk in row.looked_at(LOOKED):
+            if (id(store), chunk) not in self._seen:
+                header, _, text = self._tokenizer.decode(store.ids(chunk)).partition("\n")
+                self._see((id(store), chunk), header, text)
+
+    def namings(self) -> list[list[int]]:
+        """Beginnings of an answer that name what the question asks about in several ways (`herd.prompt.naming`)."""
+        return [self._tokenizer.encode(text) for text in namings(self._question)]
 
     def quotes(self, ids: Sequence[int]) -> bool:
         """Whether a quote that is not doubtful begins with these ids, which begin with those of the last call."""
@@ -65,15 +76,16 @@ class Quoting:
         said = self._tokenizer.raw(ids)
         return self._quotes.go_on(said).get(said, Worth.DOUBTFUL)
 
-    def again(self, ids: Sequence[int], doubtful: bool) -> "Quoting | None":
+    def again(self, ids: Sequence[int], doubtful: bool, instead: Sequence[int] = ()) -> "Quoting | None":
         """A guide from these ids on to what surely answers, of all that was looked at so far; None if nothing does.
 
         What an answer looks at late may be what it should have begun with. doubtful: None only if nothing is left but
-        what is doubtful, because the right names may lead on.
+        what is doubtful, because the right names may lead on. instead: of the ids of this answer.
         """
         guide = Quoting(self._question, self._tokenizer, again=True)
         for place, (header, text) in self._seen.items():
             guide._see(place, header, text)
+        guide._quotes.settle(self._tokenizer.raw(instead))
         left = guide._quotes.go_on(self._tokenizer.raw(ids)).values()
         return guide if Worth.SURE in left or (doubtful and Worth.POSSIBLE in left) else None
 
@@ -134,13 +146,19 @@ class Try:
         """Whether it ended as a quote that surely answers."""
         return self.guide is not None and self.guide.worth(self.ids) is Worth.SURE
 
+    @property
+    def doubted(self) -> bool:
+        """Whether it ended without a quote, or with a doubtful one."""
+        return self.guide is not None and self.kept < len(self.ids)
+
     def again(self) -> "Try | None":
-        """If this one ended without a quote, or a doubtful one: another that may end better, from where they part."""
-        if self.guide is None or self.kept == len(self.ids):
+        """If this one is doubted: another that may end better, from where they part."""
+        if not self.doubted:
             return None
+        assert self.guide is not None
         assert isinstance(self.row, ContextRow)
         kept, worth = self.ids[: self.kept], self.guide.worth(self.ids)
-        guide = self.guide.again(kept, doubtful=worth is Worth.DOUBTFUL)
+        guide = self.guide.again(kept, worth is Worth.DOUBTFUL, instead=self.ids)
         return None if guide is None else Try(self.prompt, guide, kept, self.kept, self.row.missed)
 
 

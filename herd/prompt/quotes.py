@@ -17,6 +17,7 @@ Strings are UTF-8 bytes, because tokens may end within a character.
 import re
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import NamedTuple
 
 NOT_IN_CONTEXT = "not in the context"
 ABSENT = f" is {NOT_IN_CONTEXT}."
@@ -29,16 +30,20 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|\"\"\"|'''|$)|(?=\s*(?:\"\"\"|'''|\n[ \t
 _SETS = re.compile(r"\s*[:=]+[=>]?\s")
 _METHOD = re.compile(r"method \w+ in class [\w.]+")
 # Neither names nor phrases begin or end with these.
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     """a an and are as at be been by can could did do does for from give had has have how i in is it its may me might
     must my of on one or our please shall should some tell than that the their them then there these they this those
     to us was we were what when where which while who whose why will with would you your""".split()  # noqa: SIM905
 )
 # What a question asks with; not a name, unless there is no other.
-_ASKING_WORDS = frozenset(
+ASKING_WORDS = frozenset(
     """argument arguments call called class constant contain contains def define defined describe docs docstring explain
     file find function hold holds know list look mean means method name named parameter parameters quote record say says
     set setting show signature state store stored take takes use used value variable""".split()  # noqa: SIM905
+)
+# What leads to what a question asks for; part of no name or attribute.
+LEADING_WORDS = frozenset(
+    "about belonging concerning forget forgot get gets got give gives know need regarding remember remind".split()  # noqa: SIM905
 )
 
 
@@ -59,8 +64,10 @@ class Quotes:
 
     def __init__(self, question: str) -> None:
         self._names = _names(question)
-        self._attributes = [p for p in phrases(question, _ATTRIBUTE_WORDS) if "'s " not in p]
-        named = [p for p in phrases(question, _ENTITY_WORDS) if not _ASKING_WORDS.issuperset(p.lower().split())]
+        self._attributes = [
+            p for p in phrases(question, _ATTRIBUTE_WORDS) if "'s " not in p and not _words(p) & LEADING_WORDS
+        ]
+        named = [p for p in phrases(question, _ENTITY_WORDS) if not ASKING_WORDS.issuperset(p.lower().split())]
         self._things = [p for e in named for p in (e, f"the {e}") if _stands(question, p)]
         self._texts: list[str] = []
         self._said = b""
@@ -77,17 +84,27 @@ class Quotes:
         """Allow quotes of one more text, and of methods that its header lists."""
         self._texts.append(text)
         for name in self._names:
+            worth = self._worth(name)
             for at in _places(header, f"method {name}"):
                 if found := _METHOD.match(header, at):
                     self._add(found.group(), Worth.SURE)
             for at in _places(text, name):
-                line, worth = _line(text, at), self._worth(name)
+                line = _line(text, at)
+                if not is_identifier(name) and self._attribute_in(text, at, name):
+                    continue  # `The A of NAME…` tells more
                 sets = worth is Worth.POSSIBLE and _SETS.match(line, len(name)) is not None
                 self._add(line, Worth.SURE if sets else worth)
                 self._add(f"docs of {name}: {line}", worth)
                 if at >= 4 and text.startswith("def ", at - 4):
                     self._add_definition(text, at - 4, name)
         self._add_things("", self._things, text)
+
+    def settle(self, said: bytes) -> None:
+        """Where an identifier alone was said to be missing though one line of the texts has it, that line is sure."""
+        for name in filter(is_identifier, self._names):
+            lines = {_line(text, at) for text in self._texts for at in _places(text, name)}
+            if said == (name + ABSENT).encode() and len(lines) == 1:
+                self._add(lines.pop(), Worth.SURE)
 
     def go_on(self, said: bytes) -> dict[bytes, Worth]:
         """All answers that begin with `said`, which begins with what was said in the last call."""
@@ -100,7 +117,8 @@ class Quotes:
             and not said.endswith(ABSENT.encode())
         ):
             first = said.decode(errors="replace")
-            found = phrases(first, _ENTITY_WORDS)
+            # A second line goes on from what the first one says, not from what it names.
+            found = phrases(first.removeprefix(self._named(first)), _ENTITY_WORDS)
             for text in (None, *self._texts):
                 self._add_things(first + "\n", found, text)
         return dict(self._answers)
@@ -115,20 +133,33 @@ class Quotes:
 
     def _add_things(self, start: str, things: list[str], text: str | None) -> None:
         """`The A of E…` with the lines of a text that hold both, or without one."""
-        for thing in things:
-            # What a first line names may be a word like others.
-            worth = Worth.POSSIBLE if start else self._worth(thing)
-            unsaid = [a for a in self._attributes if not start.startswith(f"The {a} of ")]
-            apart = [a for a in unsaid if not {*a.lower().split()} & {*thing.lower().split()}]
-            if text is None:
-                for attribute in apart:
-                    self._add(f"{start}The {attribute} of {thing}{ABSENT}", worth)
-                continue
-            for line, rest in _lines(text, thing, article=f"the {thing}" in things):
-                held = [a for a in apart if _plain(a) in _plain(line)]
-                for attribute in apart if _SETS.match(rest) and not held else _longest(held):
-                    sure = Worth.SURE if worth is Worth.POSSIBLE else worth
-                    self._add(f"{start}The {attribute} of {thing}{rest}", sure)
+        named = self._named(start)
+        apart = {thing: [a for a in self._attributes if not _words(a) & _words(f"{thing} {named}")] for thing in things}
+        # What a first line names may be a word like others.
+        worth = {thing: Worth.POSSIBLE if start else self._worth(thing) for thing in things}
+        if text is None:
+            for thing, attributes in apart.items():
+                for attribute in attributes:
+                    self._add(f"{start}The {attribute} of {thing}{ABSENT}", worth[thing])
+            return
+        for _, thing, rest, held in _found(text, apart):
+            its, attributes = worth[thing], _longest(held)
+            if not held and _SETS.match(rest):
+                # Only the thing tells that this is what was asked for; ordinary words alone tell too little.
+                its, attributes = (its if start or self._telling else Worth.DOUBTFUL), apart[thing]
+            for attribute in attributes:
+                self._add(f"{start}The {attribute} of {thing}{rest}", Worth.SURE if its is Worth.POSSIBLE else its)
+
+    def _attribute_in(self, text: str, at: int, name: str) -> bool:
+        """Whether the line at a name holds an attribute that the question asks for."""
+        line = _plain(text[text.rfind("\n", 0, at) + 1 : at] + _line(text, at))
+        asked = (a for a in self._attributes if not ASKING_WORDS.issuperset(_words(a)) and name not in a.split())
+        return any(_plain(a) in line for a in asked)
+
+    def _named(self, line: str) -> str:
+        """`The A of E` that a line begins with, as much of it as there is; nothing if it begins otherwise."""
+        named = (f"The {a} of {e}" for a in self._attributes for e in self._things)
+        return max((name for name in named if line.startswith(name)), key=len, default="")
 
     def _add_definition(self, text: str, at: int, name: str) -> None:
         end = bracket_end(text, text.find("(", at), at + MAX_SIGNATURE)
@@ -185,20 +216,31 @@ def phrases(text: str, most: int) -> list[str]:
 
 def _binds(before: str, word: str, *, first: bool) -> bool:
     """Whether a word goes with the one before it, as in `gate 7` and `Ann Lee`; the first of all may be big anyway."""
-    big = before[0].isupper() and word[0].isupper() and not first
+    big = before[0].isupper() and word[0].isupper() and not (first or begins_name(before, word))
     return before[-1].isalnum() and (big or any(char.isdigit() for char in word))
+
+
+def begins_name(before: str, word: str) -> bool:
+    """Whether a name begins with a word: `colour Ann`, `PIN Ann`, but not `Ann Lee` or `gate 7`."""
+    shouted = len(before) > 1 and before.isupper() and not word.isupper()
+    return word[0].isupper() and (shouted or not before[0].isupper())
 
 
 def _whole(phrase: str) -> bool:
     words = phrase.lower().split()
-    return bool(words) and not _FUNCTION_WORDS & {words[0], words[-1]}
+    return any(map(str.isalnum, phrase)) and not FUNCTION_WORDS & {words[0], words[-1]}
 
 
 def _names(question: str) -> list[str]:
     """Words that may be identifiers; words of ordinary language only if there are no others."""
     words = [word.strip("`'\"()[]{}.,:;?!*<>=") for word in question.split()]
     names = list(dict.fromkeys(word for word in words if re.fullmatch(r"\w+", word)))
-    return [name for name in names if name.lower() not in _FUNCTION_WORDS | _ASKING_WORDS] or names or ["it"]
+    return [name for name in names if name.lower() not in FUNCTION_WORDS | ASKING_WORDS] or names or ["it"]
+
+
+def is_identifier(word: str) -> bool:
+    """Whether this is written as names in code are, and not as words of ordinary language or their names."""
+    return re.fullmatch(r"\w+", word) is not None and re.search(r"_|\d|[a-z][A-Z]|^[A-Z]{2}", word) is not None
 
 
 def _telling(question: str) -> set[str]:
@@ -206,7 +248,7 @@ def _telling(question: str) -> set[str]:
     words = re.findall(r"\w+", question)
     if words and words[0].isalpha() and words[0].istitle():
         del words[0]
-    return {word for word in words if not (word.isalpha() and word.islower()) and word.lower() not in _FUNCTION_WORDS}
+    return {word for word in words if not (word.isalpha() and word.islower()) and word.lower() not in FUNCTION_WORDS}
 
 
 def _stands(text: str, words: str) -> bool:
@@ -218,13 +260,47 @@ def _longest(phrases: list[str]) -> list[str]:
     return [p for p in phrases if not any(p != other and f" {p} " in f" {other} " for other in phrases)]
 
 
-def _lines(text: str, words: str, *, article: bool) -> Iterator[tuple[str, str]]:
-    """The lines of a text where words stand, and what follows them there; article: not behind `the`, which is another
-    phrase."""
-    for at in _places(text, words, fold=True):
-        behind = article and text[max(at - 4, 0) : at].lower() == "the "
-        if not behind and (rest := _line(text, at + len(words))):
-            yield text[text.rfind("\n", 0, at) + 1 : at + len(words)] + rest, rest
+class _Found(NamedTuple):
+    """A thing in a text: where, what follows it on its line, and those of its attributes that the line holds."""
+
+    place: range
+    thing: str
+    rest: str
+    held: list[str]
+
+    @property
+    def told(self) -> int:
+        """How many words of the question an answer can name by it."""
+        return max((len(_words(f"{a} {self.thing}") - {"of"}) for a in self.held), default=0)
+
+
+def _found(text: str, apart: dict[str, list[str]]) -> Iterator[_Found]:
+    """Where things stand in a text; of those within each other the one that names most by its attributes, then the
+    shortest. apart: the attributes that each may have."""
+    by_line = dict[int, list[_Found]]()
+    for thing, attributes in apart.items():
+        for at in _places(text, thing, fold=True):
+            first, stop = text.rfind("\n", 0, at) + 1, at + len(thing)
+            if rest := _line(text, stop):
+                plain = _plain(text[first:stop] + rest)
+                held = [a for a in attributes if _plain(a) in plain]
+                by_line.setdefault(first, []).append(_Found(range(at, stop), thing, rest, held))
+    for line in by_line.values():
+        for one in line:
+            if not any(
+                (_within(one.place, other.place) and other.told > one.told)
+                or (_within(other.place, one.place) and other.told >= one.told > 0)
+                for other in line
+            ):
+                yield one
+
+
+def _within(inner: range, outer: range) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop and len(inner) < len(outer)
+
+
+def _words(phrase: str) -> set[str]:
+    return {*phrase.lower().split()}
 
 
 def _plain(words: str) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from herd.api import Model
-from herd.context.cache import ContextRow
+from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.quoting import Quoting, Try
-from herd.engine import Engine, Finish, Request, Token
+from herd.engine import Engine, Finish, Request, Token, look_by_names
 from herd.model import KVRow, Memory
 from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, End, Told
@@ -128,7 +128,11 @@ class Running:
                 self._tell(job, one.ids[: one.kept])
             return
         del self.jobs[token.request]
-        again = one.again() if len(job.tries) == 1 else None
+        again = None
+        if len(job.tries) == 1 and one.doubted:
+            assert isinstance(job.memory, ContextCache)
+            look_by_names(self._model.transformer, job.memory, [one], job.ask.max_tokens)
+            again = one.again()
         if again is not None:
             self._try(job, again)
             return

@@ -114,6 +114,28 @@ def test_a_question_never_starts_before_as_many_positions_as_tokens(tmp_path: Pa
 
 
 @torch.inference_mode()
+def test_a_glance_looks_at_what_the_last_token_of_a_whole_prompt_looks_at(tmp_path: Path) -> None:
+    """In whatever pieces and company the prompts come."""
+    model = tiny_model(WIDE)
+    opened = Store.open(tmp_path / "ctx", spec("tiny", "int8"))
+    read_paths(opened, *full_chunks(tmp_path / "src", 6), model=model)
+    cache = ContextCache([opened], WIDE, room=40)
+
+    def looked(memory: ContextCache, prompts: list[list[int]], tokens: int) -> list[ContextRow]:
+        its = engine.Engine(model, cache=memory, prompt_tokens=tokens)
+        rows = [its.row(its.submit(engine.Request(prompt, 1))) for prompt in prompts]
+        assert len(list(engine.stream(its))) == len(prompts)
+        return [row for row in rows if isinstance(row, ContextRow)]
+
+    prompts = [QUESTION, QUESTION[:9], [7]]
+    whole = looked(cache, prompts, 100)
+    for tokens in (100, 5):
+        for glance, row in zip(looked(cache.glances(), prompts, tokens), whole, strict=True):
+            masses = [dict(its.chunk_mass(0.0)) for its in (glance, row)]
+            assert masses[0].keys() == masses[1].keys() and row.mass > 0.01
+            assert all(abs(masses[0][place] - mass) < 1e-5 for place, mass in masses[1].items())
+
+
 def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path: Path) -> None:
     model = tiny_model()
     opened = Store.open(tmp_path / "ctx", spec())

@@ -62,6 +62,53 @@ def test_a_fact_names_as_much_as_its_line_holds() -> None:
     assert not shortened & answers
 
 
+@pytest.mark.parametrize(
+    ("question", "text", "right", "wrong"),
+    [
+        ("Which colour has the merry otter?", "the merry otter: colour red", "colour of the merry otter", "of otter"),
+        ("Name the patient of Ann Lee's id.", "patient of Ann Lee: id 7", "id of patient of Ann Lee", "of Ann Lee"),
+        ("Name the main gate of mill 7.", "The main gate of mill 7 is red", "main gate of mill 7", "of gate of mill 7"),
+    ],
+)
+def test_of_things_within_each_other_the_one_is_named_that_tells_most(
+    question: str, text: str, right: str, wrong: str
+) -> None:
+    answers = {answer for answer in allowed(question, text) if not answer.startswith("docs of")}
+    assert any(answer.startswith(f"The {right}") for answer in answers)
+    assert not [answer for answer in answers if f"{wrong}:" in answer and f"The {right}" not in answer], answers
+
+
+def test_a_name_is_told_with_its_attribute() -> None:
+    answers = allowed("Please state which PIN Kornodra has.", "Kornodra: PIN 318\nKornodra\n")
+    assert {"The PIN of Kornodra: PIN 318", "Kornodra"} <= answers and "Kornodra: PIN 318" not in answers
+
+
+def test_a_second_line_names_words() -> None:
+    quotes = Quotes("Which title has the mill?")
+    quotes.see("", 'title of the mill ")\nx ) == 3\n')
+    assert not [answer for answer in quotes.go_on(b'The title of the mill ")') if b"\n" in answer]
+
+
+def test_an_ordinary_word_that_is_set_is_doubtful() -> None:
+    """`token: 7` may be the token of anything."""
+    quotes = Quotes("Name the token of the empty mill.")
+    quotes.see("", "token: 7\nthe empty mill has the token 9\n")
+    worth = {answer.decode(): its for answer, its in quotes.go_on(b"").items()}
+    assert worth["The empty mill of token: 7"] is Worth.DOUBTFUL
+    assert worth["The token of the empty mill has the token 9"] is Worth.SURE
+
+
+def test_a_line_is_sure_if_it_alone_has_the_identifier_that_was_called_missing() -> None:
+    for text, sure in [("(weight_7 red)\n", True), ("(weight_7 red)\nuse(weight_7)\n", False)]:
+        quotes = Quotes("What is weight_7?")
+        quotes.see("", text)
+        assert quotes.go_on(b"")[b"weight_7 red)"] is Worth.POSSIBLE
+        quotes.settle(f"weight_7{ABSENT}".encode())
+        assert (quotes.go_on(b"")[b"weight_7 red)"] is Worth.SURE) == sure
+    quotes.settle(f"def weight_7{ABSENT}".encode())
+    assert Worth.SURE not in quotes.go_on(b"").values(), "a definition is another thing than a line"
+
+
 def test_a_second_hop_goes_on_from_the_first_line() -> None:
     quotes = Quotes("What is the salary of the boss of Ann Lee?")
     quotes.see("", "Ann Lee's boss is Bo Ek\n")
@@ -71,6 +118,7 @@ def test_a_second_hop_goes_on_from_the_first_line() -> None:
     assert first + b"\nThe salary of Bo Ek): 12" in quotes.go_on(first)
     assert first + b"\nThe salary of Bo Ek" + ABSENT.encode() in quotes.go_on(first + b"\n")
     assert not [answer for answer in quotes.go_on(first + b"\n") if answer.startswith(first + b"\nThe boss of")]
+    assert not [answer for answer in quotes.go_on(first + b"\n") if b" of Ann" in answer[len(first) :]]
 
 
 def test_without_a_text_only_absence_is_left() -> None:
