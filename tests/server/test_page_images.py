@@ -192,7 +192,7 @@ def test_images_are_dropped_pasted_chosen_taken_out_and_shown(page: Open, server
     accessible(tab, "images of a chat")
     tab.reload()
     expect(tab.get_by_role("img", name="sea.png")).to_be_visible()
-    tab.wait_for_function("[...document.querySelectorAll('.pictures img')].every((i) => i.naturalWidth > 200)")
+    tab.wait_for_function("() => [...document.querySelectorAll('.pictures img')].every((i) => i.naturalWidth > 200)")
     tab.locator(".user").get_by_role("button", name="Edit").click()
     expect(tab.locator("#shown img")).to_have_count(2)
     tab.get_by_role("button", name="Take out sea.png").click()
