@@ -93,7 +93,7 @@ def throughput(model: herd.Model, process: Process, clients: int, rounds: int) -
     found: dict[str, list[float]] = {"engine": [], "server": []}
     made: dict[str, int] = {}
     for number in range(rounds + 1):  # the first warms up
-        texts = [f"{text}\n# {number}" for text in contents(clients)]  # so that none was seen before
+        texts = [f"# {number}\n{text}" for text in contents(clients)]  # so that none begins as one before
         prompts = [model.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         for name in ("engine", "server"):
             tokens, seconds = (
