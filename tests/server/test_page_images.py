@@ -188,7 +188,7 @@ def test_images_are_dropped_pasted_chosen_taken_out_and_shown(page: Open, server
     expect(tab.locator("#shown")).to_be_hidden()
     expect(tab.locator(".user .pictures img")).to_have_count(2)
     expect(tab.get_by_role("img", name="sky.png")).to_be_visible()
-    expect(tab.locator(".assistant.done")).to_have_count(1)
+    expect(tab.locator(".assistant.done")).to_have_count(1, timeout=30_000)  # two images are looked at
     accessible(tab, "images of a chat")
     tab.reload()
     expect(tab.get_by_role("img", name="sea.png")).to_be_visible()
