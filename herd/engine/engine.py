@@ -97,8 +97,8 @@ class Engine:
         self._scheduler.memory = memory
 
     def cancel(self, id: int, *, keep: bool = False) -> bool:
-        """End a request and give its memory back; False if it has ended. keep: let others begin with what it has seen, as
-        where it ends by itself."""
+        """End a request and give its memory back; False if it has ended. keep: let others begin with what it has seen,
+        as where it ends by itself."""
         job = self._scheduler.find(id)
         if job is not None:
             if keep:

@@ -77,8 +77,8 @@ class Scheduler:
         return pieces
 
     def _shares(self) -> dict[Job, int]:
-        """Tokens that are seen of each prompt: a quarter of all is the oldest's, so that it goes on, whatever comes; then
-        those come that have the fewest left, so that a short one does not wait for a long one."""
+        """Tokens that are seen of each prompt: a quarter of all is the oldest's, so that it goes on, whatever comes;
+        then those come that have the fewest left, so that a short one does not wait for a long one."""
         prompts = [job for job in self.running if not job.answering]
         shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) > 1]
 
