@@ -118,7 +118,9 @@ class Quotes:
         ):
             first = said.decode(errors="replace")
             # A second line goes on from what the first one says, not from what it names.
-            found = phrases(first.removeprefix(self._named(first)), _ENTITY_WORDS)
+            named = self._named(first)
+            later = phrases(first.removeprefix(named), _ENTITY_WORDS)
+            found = [phrase for phrase in later if not _words(phrase) <= _words(named)]
             for text in (None, *self._texts):
                 self._add_things(first + "\n", found, text)
         return dict(self._answers)

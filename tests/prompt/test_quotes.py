@@ -87,6 +87,10 @@ def test_a_second_line_names_words() -> None:
     quotes = Quotes("Which title has the mill?")
     quotes.see("", 'title of the mill ")\nx ) == 3\n')
     assert not [answer for answer in quotes.go_on(b'The title of the mill ")') if b"\n" in answer]
+    again = Quotes("Which title is on record for the mill?")
+    again.see("", "title of the mill is the title 7\n")
+    lines = [answer for answer in again.go_on(b"The title of the mill is the title 7") if b"\n" in answer]
+    assert lines and not [answer for answer in lines if b"of the title is" in answer or b"of title is" in answer]
 
 
 def test_an_ordinary_word_that_is_set_is_doubtful() -> None:
