@@ -23,7 +23,7 @@ from tests.server.test_page import Open, accessible, browser, page, pytestmark, 
 from tests.test_images import folder, pictures  # noqa: F401
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
+from playwright.sync_api import Browser, Page, Route, expect  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +249,21 @@ def test_what_others_write_is_seen_without_a_reload(page: Open, server: Served) 
     other.add_message(chat.id, "assistant", "Said elsewhere")
     expect(tab.locator(".assistant .body")).to_have_text(["Said elsewhere"])
     other.close()
+
+
+def test_what_is_said_while_a_chat_is_fetched_is_shown(page: Open, server: Served) -> None:  # noqa: F811
+    chat, tab = new_chat(server.url), page()
+
+    def later(route: Route) -> None:
+        before = route.fetch()
+        ask(server.url, chat, "Meanwhile")
+        tab.wait_for_timeout(300)  # for the page to have heard of it, which would otherwise try less
+        route.fulfill(response=before)
+
+    tab.route(f"**/api/chats/{chat}", later, times=1)
+    tab.goto(f"{server.url}/#/chat/{chat}")
+    expect(tab.locator(".user .body")).to_have_text(["Meanwhile"])
+    expect(tab.locator(".assistant.done")).to_have_count(1)
 
 
 def test_answers_of_the_page_follow_drain(tiny_model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ export function chatView(id) {
   const head = el("header", { class: "head" });
   const node = el("section", { class: "chat", "aria-label": "Chat" }, head, earlier, list);
   let editing = null, frame = 0, left = false;
+  let late = null; // events that come while the chat is fetched, which may be older than they are
   const dirty = new Set();
 
   const last = () => [...messages.values()].at(-1);
@@ -135,7 +136,10 @@ export function chatView(id) {
   }
 
   async function load() {
-    const found = await api.get(`/chats/${id}`);
+    if (late) return; // one is on its way, and what comes after it is heard
+    late = [];
+    let events;
+    const found = await api.get(`/chats/${id}`).finally(() => ([events, late] = [late, null]));
     if (left) return;
     its.chats.set(id, found.chat);
     const keep = atEnd() || !messages.size;
@@ -147,6 +151,7 @@ export function chatView(id) {
     heading();
     composer();
     if (keep) toEnd();
+    for (const event of events) heard(event);
   }
 
   async function fetchEarlier() {
@@ -165,6 +170,7 @@ export function chatView(id) {
   }
 
   function heard(event) {
+    if (late) return void late.push(event);
     if (event.type === "piece" && event.chat === id) {
       const message = messages.get(event.message);
       if (!message || event.piece > message.pieces + 1) return void load(); // something was missed
