@@ -256,12 +256,14 @@ def test_what_is_said_while_a_chat_is_fetched_is_shown(page: Open, server: Serve
 
     def later(route: Route) -> None:
         before = route.fetch()
-        ask(server.url, chat, "Meanwhile")
-        tab.wait_for_timeout(300)  # for the page to have heard of it, which would otherwise try less
-        route.fulfill(response=before)
+        say(server, chat, "Meanwhile")
+        tab.locator("#chats").get_by_role("link", name="Meanwhile").wait_for()  # it has heard of it
+        its = before.json()
+        route.fulfill(response=before, json={**its, "chat": {**its["chat"], "title": "As it was"}})
 
     tab.route(f"**/api/chats/{chat}", later, times=1)
     tab.goto(f"{server.url}/#/chat/{chat}")
+    expect(tab.get_by_role("heading", name="As it was")).to_be_visible()
     expect(tab.locator(".user .body")).to_have_text(["Meanwhile"])
     expect(tab.locator(".assistant.done")).to_have_count(1)
 
