@@ -68,10 +68,12 @@ def command(
     try:
         for number, line in enumerate(_lines()):
             try:
+                if number == 0:
+                    talk.show(image or ())
                 if keeps and line.startswith("/"):
                     talk.follow(line)
                 else:
-                    talk.ask(line, (image or ()) if number == 0 else (), quiet=as_json)
+                    talk.ask(line, quiet=as_json)
             except HerdError as error:
                 if not sys.stdin.isatty():
                     raise

@@ -1,10 +1,12 @@
 """What `herd chat` does with a line: asks, or follows a command such as /attach."""
 
+import io
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import herd
 from herd.cli.output import Interrupted, note
 from herd.cli.progress import reading
 from herd.cli.report import TextOut, citation_json, print_citations, print_report, print_skipped
-from herd.engine import Engine, Request, Sampler, stream
+from herd.engine import Engine, Request, Sampler, named, stream
 from herd.errors import HerdError, LibraryError, PromptError, SourceError
+from herd.media import open_image
 from herd.server.conversations import Conversations
+from herd.server.errors import ApiError
+from herd.server.images import sized
 from herd.server.library import Chat, Library
 
 COMMANDS = {
-    "/attach PATH...": "read files and folders; questions are then asked about them",
+    "/attach PATH...": "read files and folders, to be asked about them; show images with the next line",
     "/sources": "list what was read",
     "/save FILE": "write the conversation to a new Markdown file",
     "/help": "show this",
@@ -31,23 +36,51 @@ class Kept:
     def __init__(self, data: Path, model: herd.Model) -> None:
         self.library = Library(data)
         self._model, self._files = model, Conversations(data / "conversations", model)
-        self._engine = Engine(model.transformer)
+        self._engine = Engine(model.transformer, vision=model.vision)
 
-    def generate(self, chat: str, ids: list[int], most: int, sampler: Sampler, out: Callable[[str], None]) -> str:
+    def generate(
+        self,
+        chat: str,
+        ids: list[int],
+        images: Sequence[bytes],
+        most: int,
+        sampler: Sampler,
+        out: Callable[[str], None],
+    ) -> str:
         """Go on with a chat from where the model was, now or in an earlier process; its keys and values are kept."""
-        tokenizer, engine = self._model.tokenizer, self._engine
-        known = engine.prefixes.reach(*engine.prefixes.find("", ids))
-        engine.add("", *self._files.load(ids, known))
-        engine.submit(Request(ids, most, sampler, tokenizer.eos_ids, names=ids))
+        model, tokenizer, prefixes = self._model, self._model.tokenizer, self._engine.prefixes
+        ids, features = model.look(ids, images)
+        names = named(ids, features, None if model.vision is None else model.vision.config.image_token_index)
+        self._engine.add("", *self._files.load(names, prefixes.reach(*prefixes.find("", names))))
+        self._engine.submit(Request(ids, most, sampler, tokenizer.eos_ids, images=features, names=names))
         text, said, chosen = tokenizer.stream(), list[str](), list[int]()
-        for token in stream(engine):
+        for token in stream(self._engine):
             chosen.append(token.id)
             said.append("" if token.id in tokenizer.eos_ids else text.push(token.id))
             out(said[-1])
         said.append(text.finish())
         out(said[-1])
-        self._files.write(chat, engine.prefixes.blocks("", [*ids, *chosen]))
+        self._files.write(chat, prefixes.blocks("", [*names, *chosen]))
         return "".join(said)
+
+    def keep_image(self, path: Path, data: bytes) -> dict[str, Any]:
+        """Keep an image, as PNG if it is of a kind that browsers do not show; what a message tells of it."""
+        try:
+            try:
+                its = sized(data)
+            except ApiError:
+                copy = io.BytesIO()
+                open_image(data).save(copy, "PNG")
+                data = copy.getvalue()
+                its = sized(data)
+        except ApiError as error:
+            raise SourceError(f"{path} cannot be kept with a chat: {error}") from error
+        return {
+            "id": self.library.add_image(its.kind, data),
+            "name": path.name,
+            "width": its.width,
+            "height": its.height,
+        }
 
 
 class Talk:
@@ -65,6 +98,8 @@ class Talk:
         self.model, self.context, self.kept = model, context, kept
         self._sampler, self._most, self._quote = sampler, most, quote
         self._chat: Chat | None = None
+        self._images: list[bytes] = []  # that the conversation shows
+        self._next: list[Path] = []  # that its next line shows
         self.turns: list[dict[str, Any]] = []
 
     def go_on(self) -> None:
@@ -74,24 +109,41 @@ class Talk:
         if not (chats := library.chats()):
             raise LibraryError(f"there is no chat in {library.folder} to go on with; leave --continue out")
         self._chat = chats[0]
-        self.turns = [{"role": m.role, "content": m.content} for m in library.messages(chats[0].id) if m.content]
+        for m in library.messages(chats[0].id):
+            if m.content or m.images:
+                self.turns.append(_turn(m.role, m.content, [image["name"] for image in m.detail.get("images", ())]))
+                self._images += [library.image(id)[1] for id in m.images]
         if chats[0].context is not None and self.context is None:
             self.context = herd.Context.open(library.context_folder(chats[0].context) / "kv", self.model)
         note(f"going on with {chats[0].title or 'a chat'}: {len(self.turns):,} messages")
 
-    def ask(self, line: str, images: Sequence[Path], *, quiet: bool) -> None:
+    def show(self, images: Sequence[Path]) -> None:
+        """Show images with the next line. PromptError where they cannot be."""
+        if images and self.model.vision is None:
+            raise PromptError(f"{self.model.name} reads no images: it has no image encoder (given: {images[0]})")
+        if images and self.context is not None:
+            raise PromptError("contexts are asked without images; show them in a chat without one")
+        for path in images:
+            open_image(path)
+        self._next += images
+
+    def ask(self, line: str, *, quiet: bool) -> None:
         """Answer one line."""
-        turn: dict[str, Any] = {"role": "user", "content": line}
-        self.turns.append({**turn, "images": [str(path) for path in images]} if images else turn)
-        self._remember("user", line)
+        shown, self._next = [(path, path.read_bytes()) for path in self._next], []
+        before = len(self._images)
+        self._images += [data for _, data in shown]
+        self.turns.append(_turn("user", line, [str(path) for path, _ in shown]))
+        held = [] if self.kept is None else [self.kept.keep_image(path, data) for path, data in shown]
+        self._remember("user", line, **({"images": held} if held else {}))
         out = Out(quiet=quiet, marked=self.context is None)
         try:
-            reply = self._reply(line, images, out)
+            reply = self._reply(line, out)
         except KeyboardInterrupt:
             self._remember("assistant", out.text, "stopped")
             raise
         except HerdError:
             self.turns.pop()
+            del self._images[before:]
             raise
         finally:
             out.end()
@@ -101,16 +153,16 @@ class Talk:
         detail = {"citations": reply["citations"], "context": self._context_id} if "citations" in reply else {}
         self._remember("assistant", reply["content"], "done", **detail)
 
-    def _reply(self, line: str, images: Sequence[Path], out: "Out") -> dict[str, Any]:
+    def _reply(self, line: str, out: "Out") -> dict[str, Any]:
         if self.context is not None:
             answer = self.context.ask(line, max_tokens=self._most, quote=self._quote, on_text=out)
             citations = [citation_json(c) for c in answer.citations]
             return {"content": answer.text, "citations": citations, "answer": answer}
         ids = self.model.tokenizer.chat([_message(turn) for turn in self.turns])
-        if self.kept is not None and self._chat is not None and not any("images" in turn for turn in self.turns):
-            return {"content": self.kept.generate(self._chat.id, ids, self._most, self._sampler, out)}
-        shown = [image for turn in self.turns for image in turn.get("images", ())]
-        new = self.model.generate(ids, images=shown, max_tokens=self._most, sampler=self._sampler, on_text=out)
+        if self.kept is not None and self._chat is not None:
+            args = (self._chat.id, ids, self._images, self._most, self._sampler, out)
+            return {"content": self.kept.generate(*args)}
+        new = self.model.generate(ids, images=self._images, max_tokens=self._most, sampler=self._sampler, on_text=out)
         return {"content": new.text}
 
     @property
@@ -144,14 +196,19 @@ class Talk:
         else:
             raise PromptError(f"{line} is no command; there are {', '.join(COMMANDS)}")
 
-    def _attach(self, paths: list[str]) -> None:
+    def _attach(self, given: list[str]) -> None:
+        paths = [Path(path).expanduser() for path in given]
+        if self.model.vision is not None and all(map(_is_image, paths)):
+            self.show(paths)
+            note(f"{len(self._next):,} images go with the next line")
+            return
         if self.context is None:
             if self.kept is None:
                 raise PromptError(
                     "this chat is not kept, so nothing can be attached; start it with --context or --data DIR"
                 )
             library = self.kept.library
-            entry = library.new_context(Path(paths[0]).resolve().name or "files")
+            entry = library.new_context(paths[0].resolve().name or "files")
             if self._chat is None:
                 self._chat = library.new_chat(entry.name)
             self._chat = library.change_chat(self._chat.id, context=entry.id)
@@ -159,7 +216,7 @@ class Talk:
             (folder / "files").mkdir(parents=True)
             self.context = herd.Context.open(folder / "kv", self.model)
         with reading() as progress:
-            print_report(self.context.read([Path(path).expanduser() for path in paths], progress=progress))
+            print_report(self.context.read(paths, progress=progress))
 
     def _sources(self) -> None:
         if self.context is None:
@@ -222,11 +279,20 @@ class Out(TextOut):
         self._live.update(Markdown(self.text), refresh=True)
 
 
+def _turn(role: str, content: str, images: Sequence[str]) -> dict[str, Any]:
+    return {"role": role, "content": content, **({"images": [*images]} if images else {})}
+
+
+def _is_image(path: Path) -> bool:
+    return (guess_type(path.name)[0] or "").startswith("image/")
+
+
 def _message(turn: dict[str, Any]) -> dict[str, Any]:
     """What the model's chat template gets."""
     content = turn["content"]
     if images := turn.get("images"):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": content}]
+        text = [{"type": "text", "text": content}] if content else []
+        content = [*({"type": "image"} for _ in images), *text]
     return {"role": turn["role"], "content": content}
 
 

@@ -6,8 +6,10 @@ import pytest
 
 import herd
 from herd.cli.main import run
+from herd.media import open_image
 from herd.server.library import Library
 from tests.cli.running import fails, run_json
+from tests.test_images import folder, pictures  # noqa: F401
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str], *args: object) -> list:  # type: ignore[type-arg]
@@ -39,6 +41,45 @@ def test_a_kept_chat_goes_on_where_it_was(
     (only,) = library.chats()
     assert only.title == "one"
     assert [(m.role, m.content) for m in library.messages(only.id)] == [(t["role"], t["content"]) for t in expected]
+
+
+def test_images_are_attached_kept_and_seen_again(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,  # noqa: F811
+    pictures: list[Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    small, wide = pictures
+    tiff = tmp_path / "wide.tiff"
+    open_image(wide).save(tiff)
+    once = ("--model", folder, "--data", tmp_path / "once", "--image", small)
+    expected = chat(monkeypatch, capsys, ["What?", f"/attach {tiff}", "And this?", "So?"], *once)
+    twice = ("--model", folder, "--data", tmp_path / "twice")
+    chat(monkeypatch, capsys, ["What?", f"/attach {tiff}", "And this?"], *twice, "--image", small)
+    again = chat(monkeypatch, capsys, ["So?"], *twice, "--continue")
+    assert [turn["content"] for turn in again] == [turn["content"] for turn in expected]
+    assert [turn.get("images") for turn in again] == [["small.png"], None, ["wide.tiff"], None, None, None]
+    unkept = ("--model", folder, "--image", small)
+    assert chat(monkeypatch, capsys, ["What?"], *unkept)[1] == expected[1]
+    library = Library(tmp_path / "twice")
+    first, _, third, *_ = library.messages(library.chats()[0].id)
+    assert library.image(first.images[0]) == ("image/png", small.read_bytes())
+    assert library.image(third.images[0])[0] == "image/png", "browsers show no TIFF"
+
+
+def test_images_that_cannot_be_shown(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    folder: Path,  # noqa: F811
+    pictures: list[Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: f"/attach {tmp_path}/none.png")
+    data = ("--data", tmp_path / "data")
+    assert "tiny reads no images" in fails(capsys, "chat", "--model", tiny_model, "--image", pictures[0])
+    assert "none.png" in fails(capsys, "chat", "--model", folder, *data)
 
 
 def test_files_are_attached_listed_and_the_talk_is_saved(
