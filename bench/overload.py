@@ -2,7 +2,7 @@
 
     python -m bench.overload [--minutes 10] [--clients 200] [--times 5] [--out bench/results/overload.json]
 
-One server in a process of its own, with the settings that it has by default, at loopback. Each client has a key, so
+One server in a process of its own, with the settings that it has by default but 2 GB for keys and values, at loopback. Each client has a key, so
 that the server knows them apart. Three kinds of them:
 
 - *Heavy* clients (200) together want `times` as many answers as the server can give, at random times (Poisson), whether
@@ -45,6 +45,7 @@ from herd.eval.corpus import fill, package_files
 from herd.prompt import Tokenizer
 
 ROWS, SLOTS, LIGHT, LIGHT_GAP_S = 32, 4, 20, 20.0
+MEMORY = "2G"  # for keys and values, those that are kept for prompts to begin with included: it is soon full
 ANSWER, SHORT_ANSWER, LEAST_WAIT_S = 64, 16, 0.1
 READ_TOKENS, READ_PACKAGES = 1_000_000, ("sympy", "networkx")
 DRAIN_S, REPLY_S = 300, 1800
@@ -270,7 +271,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     found |= {"machine": {"cores": os.cpu_count(), "system": platform.platform()}, "kernels": kernels.implementation()}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     for phases in ("read", "overload"):
-        with serving("--drain", "5", keys=[*names, "reader"]) as process:
+        with serving("--drain", "5", "--memory", MEMORY, keys=[*names, "reader"]) as process:
             async with httpx.AsyncClient(base_url=process.url, timeout=REPLY_S, limits=limits) as http:
                 run = Run(process, http, texts, end=time.perf_counter() + 600)
                 if phases == "read":

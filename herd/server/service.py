@@ -52,7 +52,7 @@ class Service:
         """At most `rows` answers at a time, with `memory` bytes of keys and values (None: half of what is free), and
         `queue` more that wait."""
         self.model, self.rows, self.queue = model, rows, queue
-        self._spare = rows // 8  # rows that only short requests get
+        self._spare = rows // 4  # rows that only short requests get
         self.memory = available_memory() // 2 if memory is None else memory
         self.metrics = Metrics() if metrics is None else metrics
         self._waiting: FairQueue[Job] = FairQueue(_size)
