@@ -2,8 +2,8 @@
 
     python -m bench.overload [--minutes 10] [--clients 200] [--times 5] [--out bench/results/overload.json]
 
-One server in a process of its own, with the settings that it has by default but 2 GB for keys and values, at loopback. Each client has a key, so
-that the server knows them apart. Three kinds of them:
+One server in a process of its own, at loopback, with the settings that it has by default but 2 GB for keys and values.
+Each client has a key, so that the server knows them apart. Three kinds of them:
 
 - *Heavy* clients (200) together want `times` as many answers as the server can give, at random times (Poisson), whether
   earlier ones came or not: prompts of some 300 tokens of real files, answers of up to 64 tokens, streamed. Each has at
