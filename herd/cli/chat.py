@@ -65,11 +65,10 @@ def command(
     talk = Talk(loaded, opened, sampler, max_tokens, not free, Kept(data or server_data(), loaded) if keeps else None)
     if go_on:
         talk.go_on()
+    talk.show(image or ())
     try:
-        for number, line in enumerate(_lines()):
+        for line in _lines():
             try:
-                if number == 0:
-                    talk.show(image or ())
                 if keeps and line.startswith("/"):
                     talk.follow(line)
                 else:
