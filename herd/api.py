@@ -22,7 +22,7 @@ from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.limits import apart, too_long
 from herd.context.quoting import Quoting, Try
-from herd.context.read import Progress, ReadReport, read
+from herd.context.read import Progress, Reader, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
 from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, look_by_names, stream
@@ -260,13 +260,20 @@ class Context:
         """Why no question can be asked about it and what helps, in one line; None if one can."""
         return too_long([self._store], self._model.config.max_position_embeddings)
 
-    def read(self, paths: Iterable[str | Path], *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
+    def read(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        reader: Reader | None = None,
+    ) -> ReadReport:
         """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
 
         In a sequence, a chunk is unchanged if all before it are, too. New sources come after those that are there.
-        SourceError for a path that does not exist; what was found but cannot be read is listed in the report.
+        SourceError for a path that does not exist; what was found but cannot be read is listed in the report. reader:
+        who computes chunks instead of this process (`herd.scale.spread`); ContextError with one for a sequence.
         """
-        return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress)
+        return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress, reader)
 
     def ask(
         self,

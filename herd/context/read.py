@@ -11,7 +11,7 @@ places together: until then, the context is the sequence that it was.
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -20,11 +20,15 @@ from herd.context import manifest, sources
 from herd.context.chunks import Encoder, cut
 from herd.context.forward import read_alone
 from herd.context.manifest import SkippedRow, SourceRow
-from herd.context.segment import KV
+from herd.context.segment import KV, Spec
 from herd.context.sequence import Past
 from herd.context.sources import Found, Skipped
 from herd.context.store import SEGMENT_TOKENS, NewChunk, NewSource, Store, Writer, chunk_hash, unpack_ids
+from herd.errors import ContextError
 from herd.model import Transformer
+
+# Batches of chunks of token ids → the K/V of each batch, in the order of the batches.
+Reader = Callable[[list[list[list[int]]], Spec], Iterator[list[KV]]]
 
 BATCH_TOKENS = 8192
 _COMMIT_S = 60.0  # of reading in sequence, which takes longer the more there is
@@ -60,17 +64,24 @@ def read(
     transformer: Transformer,
     tokenizer: Encoder,
     progress: Callable[[Progress], None] | None = None,
+    reader: Reader | None = None,
 ) -> ReadReport:
     """Bring the context up to date with these paths: new and changed sources are read, vanished ones removed.
 
-    `store` moves on to the new state. Interrupted at any moment it keeps what was committed.
+    `store` moves on to the new state. Interrupted at any moment it keeps what was committed. reader: what computes
+    chunks instead of the transformer, such as `herd.scale.spread`; not in a sequence, where each needs all before it.
     """
+    if reader is not None and store.spec.sequential:
+        raise ContextError(
+            f"{store.folder} is read in sequence, each chunk after all before it, which workers cannot share; "
+            "leave out --ray, or make another context with --reading independent"
+        )
     started = time.perf_counter()
     _reuse_freed_memory()
     paths = list(paths)
     entries = sources.find(paths)
     with store.writer() as writer:
-        session = _Session(writer, transformer, tokenizer, progress)
+        session = _Session(writer, transformer, tokenizer, progress, reader)
         session.run(entries, [sources.absolute(path) for path in paths])
     store.refresh()
     return ReadReport(
@@ -117,7 +128,9 @@ class _Session:
         transformer: Transformer,
         tokenizer: Encoder,
         progress: Callable[[Progress], None] | None,
+        reader: Reader | None,
     ) -> None:
+        self.reader = reader
         self.writer, self.transformer, self.tokenizer, self.progress = writer, transformer, tokenizer, progress
         self.skipped: list[Skipped] = []
         self.read_tokens = self.reused_tokens = 0
@@ -261,10 +274,10 @@ class _Session:
         done: list[tuple[NewChunk, KV]] = []
         chunks = list(self._queue.values())
         try:
-            for batch in [[chunk] for chunk in chunks] if self._past else batches(chunks, BATCH_TOKENS):
-                began = time.perf_counter()
-                done += zip(batch, self._compute(batch), strict=True)
+            began = time.perf_counter()
+            for batch, kvs in self._compute(chunks):
                 self._compute_s += time.perf_counter() - began
+                done += zip(batch, kvs, strict=True)
                 tokens = sum(len(chunk.ids) for chunk in batch)
                 self.read_tokens += tokens
                 self._queued_tokens -= tokens
@@ -272,6 +285,7 @@ class _Session:
                 if self._past and time.perf_counter() - self._committed > _COMMIT_S:
                     self._commit(done)
                     done = []
+                began = time.perf_counter()
         except KeyboardInterrupt:
             # Its sources come with the next read, which finds these chunks.
             self.writer.commit([(chunk, kv) for chunk, kv in done if chunk.hash not in self.writer.known])
@@ -291,10 +305,18 @@ class _Session:
         if self._past:
             self._past.committed()
 
-    def _compute(self, batch: list[NewChunk]) -> list[KV]:
+    def _compute(self, chunks: list[NewChunk]) -> Iterator[tuple[list[NewChunk], list[KV]]]:
+        """Batches of the chunks and their K/V, each when it is asked for."""
         if self._past:
-            return [self._past.read(self.transformer, chunk) for chunk in batch]
-        return read_alone(self.transformer, [chunk.ids for chunk in batch], self.writer.spec)
+            for chunk in chunks:
+                yield [chunk], [self._past.read(self.transformer, chunk)]
+            return
+        parts = batches(chunks, BATCH_TOKENS)
+        ids, spec = [[chunk.ids for chunk in part] for part in parts], self.writer.spec
+        if self.reader is None:
+            yield from zip(parts, (read_alone(self.transformer, part, spec) for part in ids), strict=True)
+        else:
+            yield from zip(parts, self.reader(ids, spec), strict=True)
 
     def _gone(self, entries: list[Found | Skipped], roots: list[bytes]) -> list[int]:
         """Sources that are no longer there or can no longer be read, unless another file has taken their name."""

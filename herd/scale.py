@@ -1,0 +1,115 @@
+"""Reading on many machines: Ray's workers turn chunks into K/V, and this process does all else.
+
+Chunks that are read on their own depend on nothing but the model, so it does not matter who reads them, or when.
+Sources are found, cut and committed here, in their order; a worker that dies costs a batch, which Ray gives to another.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which Ray looks at when it is imported
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from herd import __version__
+from herd.api import Model, load
+from herd.checkpoint.cria import cria_path
+from herd.context.forward import read_alone
+from herd.context.read import Reader
+from herd.context.segment import KV, Spec
+from herd.errors import ConfigError, ContextError, HerdError
+
+_RETRIES = 3  # of a batch whose worker died; a batch that kills all that read it must not go round for ever
+
+
+@contextmanager
+def spread(model: Model, address: str = "auto") -> Iterator[Reader]:
+    """What reads for `Context.read` on all workers of a Ray cluster: a batch of chunks at a time for each CPU of it.
+
+    address: "auto" (the cluster that this machine is in), HOST:PORT, or "local" (a new one, of this machine's cores).
+    If this process is already connected to one, that is taken. Workers load the model by its name, or path, once each.
+    ConfigError if there is no such cluster; ContextError if a worker has another Herd or other weights, or workers die
+    again and again.
+    """
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(address)
+    try:
+        if ray.cluster_resources().get("CPU", 0) < 1:
+            raise ConfigError(f"the Ray cluster at {address} has no CPU; start its nodes with --num-cpus 1 or more")
+        task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_read)
+        told = (_everywhere(model), __version__, _identity(model))
+
+        def reader(batches: list[list[list[int]]], spec: Spec) -> Iterator[list[KV]]:
+            # Few, as a segment is committed before the next; none is cancelled, which can make Ray end this process.
+            yield from map(_result, [task.remote(*told, batch, spec) for batch in batches])
+
+        yield reader
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    dashboard = False if address == "local" else None  # a cluster that runs has one or not
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            # Ray itself tries for long, and ends the process.
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"there is no Ray cluster to be used at {address}: {reason}. Use local, or start one: `ray start --head`"
+        ) from error
+
+
+def _result(ref: "ray.ObjectRef[list[KV]]") -> list[KV]:
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, HerdError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise ContextError(
+            f"a worker died or was lost {_RETRIES + 1} times with the same chunks: {str(error).partition(chr(10))[0]} "
+            "What was read so far is kept; the same command goes on from there"
+        ) from error
+
+
+def _read(name: str, version: str, identity: str, chunks: list[list[int]], spec: Spec) -> list[KV]:
+    """On a worker: K/V of chunks by the model of this name, if it is the one that is asked for."""
+    where = f"the worker on {ray.util.get_node_ip_address()}"
+    if version != __version__:
+        raise ContextError(f"{where} has Herd {__version__}, not {version}; install {version} on all machines")
+    try:
+        model = _loaded(name)
+    except HerdError as error:
+        raise ContextError(f"{where} cannot load {name}: {error}") from None
+    if _identity(model) != identity:
+        raise ContextError(f"{where} has other weights under {name} ({_identity(model)}, not {identity}); copy them")
+    return read_alone(model.transformer, chunks, spec)
+
+
+@lru_cache(1)
+def _loaded(name: str) -> Model:
+    return load(name)
+
+
+def _identity(model: Model) -> str:
+    """What K/V depend on: weights and how they are computed with, which a fingerprint does not tell."""
+    return f"{model.fingerprint[:16]} in {str(model.transformer.memory_dtype).removeprefix('torch.')}"
+
+
+def _everywhere(model: Model) -> str:
+    """What a model is called in any folder."""
+    built = model.path == cria_path() and model.name.partition("@")[0] == "cria"
+    return model.name if built else str(Path(model.name).absolute())
