@@ -28,7 +28,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.ids, self.config, self.model = [*ids, *config.eos_token_id], config, nn.Module()
         self.model.embed_tokens = nn.Embedding(1, 1)
-        self.memory_dtype = torch.float32
+        self.memory_dtype, self.packed = torch.float32, None
 
     def states(self, ids_BT: Tensor, positions_BT: Tensor, cache: Cache, patches: None) -> Tensor:
         return positions_BT.unsqueeze(-1)
