@@ -284,3 +284,20 @@ def test_answers_of_the_page_follow_drain(tiny_model: Path, tmp_path: Path) -> N
         last = library.messages(chat)[-1]
         library.close()
         assert last.state == state and last.content, (drain, json.dumps(last.detail))
+
+
+def test_an_answer_that_ends_before_its_chat_is_shown_is_told(page: Open, server: Served) -> None:  # noqa: F811
+    tab = page()
+
+    def late(route: Route) -> None:
+        """The page learns that its question is there when the answer is."""
+        response = route.fetch()
+        chat = route.request.url.split("/chats/")[1].split("/")[0]
+        while messages(server.url, chat)[-1]["state"] == "writing":
+            tab.wait_for_timeout(20)
+        route.fulfill(response=response)
+
+    tab.route("**/messages", late)
+    send(tab, "Quick")
+    expect(tab.locator(".assistant.done")).to_have_count(1)
+    expect(tab.locator("#status")).to_contain_text("Answer: ")

@@ -8,6 +8,8 @@ import { figures, place } from "/page/images.js";
 import { markdown } from "/page/markdown.js";
 import { openSource } from "/page/source.js";
 
+const asked = new Set(); // chats whose answer was asked for here, and not told yet
+
 export function chatView(id) {
   const chat = () => its.chats.get(id);
   const messages = new Map(); // in order, by id
@@ -151,7 +153,14 @@ export function chatView(id) {
     heading();
     composer();
     if (keep) toEnd();
+    if (asked.has(id)) tell(found.messages.at(-1)); // it may have ended before anybody looked
     for (const event of events) heard(event);
+  }
+
+  function tell(message) {
+    if (message?.role !== "assistant" || message.state === "writing") return;
+    asked.delete(id);
+    say(`Answer: ${message.content.slice(0, 500)}`);
   }
 
   async function fetchEarlier() {
@@ -181,7 +190,7 @@ export function chatView(id) {
       const follow = atEnd() || event.message.role === "user";
       put(event.message);
       if (follow) toEnd();
-      if (event.message.state !== "writing" && event.message.role === "assistant") say(`Answer: ${event.message.content.slice(0, 500)}`);
+      tell(event.message);
     } else if (event.type === "cut" && event.chat === id) forget(event.first);
     else if (event.type === "chat" && event.chat.id === id) heading();
     else if (["context", "context deleted"].includes(event.type)) heading();
@@ -190,6 +199,7 @@ export function chatView(id) {
 
   async function ask(text, images) {
     const before = editing;
+    asked.add(id);
     await api.post(`/chats/${id}/messages`, { content: text, before, images });
     editing = null;
   }
@@ -225,7 +235,10 @@ export function chatView(id) {
 export async function newChat(context, text, images = []) {
   const chat = await api.post("/chats", { context });
   its.chats.set(chat.id, chat);
-  if (text || images.length) await api.post(`/chats/${chat.id}/messages`, { content: text, images });
+  if (text || images.length) {
+    asked.add(chat.id);
+    await api.post(`/chats/${chat.id}/messages`, { content: text, images });
+  }
   go(`#/chat/${chat.id}`);
   return chat;
 }
