@@ -99,7 +99,7 @@ class Talk:
         self._sampler, self._most, self._quote = sampler, most, quote
         self._chat: Chat | None = None
         self._images: list[bytes] = []  # that the conversation shows
-        self._next: list[Path] = []  # that its next line shows
+        self._next: list[tuple[Path, bytes]] = []  # that its next line shows
         self.turns: list[dict[str, Any]] = []
 
     def go_on(self) -> None:
@@ -125,15 +125,15 @@ class Talk:
             raise PromptError("contexts are asked without images; show them in a chat without one")
         for path in images:
             open_image(path)
-        self._next += images
+        self._next += [(path, path.read_bytes()) for path in images]
 
     def ask(self, line: str, *, quiet: bool) -> None:
         """Answer one line."""
-        shown, self._next = [(path, path.read_bytes()) for path in self._next], []
+        shown, self._next = self._next, []
+        held = [] if self.kept is None else [self.kept.keep_image(path, data) for path, data in shown]
         before = len(self._images)
         self._images += [data for _, data in shown]
         self.turns.append(_turn("user", line, [str(path) for path, _ in shown]))
-        held = [] if self.kept is None else [self.kept.keep_image(path, data) for path, data in shown]
         self._remember("user", line, **({"images": held} if held else {}))
         out = Out(quiet=quiet, marked=self.context is None)
         try:
