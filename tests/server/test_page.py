@@ -82,8 +82,8 @@ def send(tab: Page, text: str) -> None:
 
 
 def last(tab: Page) -> str:
-    """The text of the last message."""
-    return tab.locator(".message .body").last.inner_text()
+    """The text of the last message; `inner_text` is empty until the browser has drawn it (`content-visibility`)."""
+    return tab.locator(".message .body").last.text_content() or ""
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_folder_is_read_asked_about_and_cited(page: Open, folder: Path) -> Non
     send(tab, "What is PORT?")
     expect(tab.locator(".quote").last).to_contain_text("PORT = 8080")
     chip = tab.locator(".chip").filter(has_text="port.py").first
-    place = re.search(r":(\d+)", chip.inner_text())
+    place = re.search(r":(\d+)", chip.text_content() or "")
     assert place is not None
     chip.focus()
     tab.keyboard.press("Enter")
