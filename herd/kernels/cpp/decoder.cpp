@@ -274,18 +274,8 @@ struct Finish {
       for (int64_t r = 0; r < R; r++)
         swiglu(sums + r * PANEL, hidden.at + ((is_shared(i) ? 0 : N) + row + r) * width + panel * 16);
     });
-    if (planned.at[0]) {
 #pragma omp for
-      for (int64_t n = 0; n < N; n++) mid.put(hidden.at + n * width, n, 0, N);
-    }
-    if (layer.E) {
-#pragma omp for
-      for (int64_t i = 0; i < N * K; i++) {
-        if (!planned.at[1 + routing.expert.at[i]]) continue;
-        const int64_t e = routing.expert.at[i], begin = routing.begin.at[e], place = routing.place.at[i];
-        routed_mid.put(hidden.at + (N + place) * width, place - begin, begin, routing.begin.at[e + 1] - begin);
-      }
-    }
+    for (int64_t i = 0; i < N * (1 + K); i++) put_hidden(i);
     multiply(down.at, products, [&](int64_t i, int64_t row, int64_t R, int64_t panel, const float* sums) {
       for (int64_t r = 0; r < R; r++)
         if (!is_shared(i))
@@ -293,6 +283,17 @@ struct Finish {
         else
           add_panel(batch.x, layer.shared.down, row + r, panel, sums + r * PANEL);
     });
+  }
+
+  // What is between gate and down of the shared block's tokens, then of the experts'.
+  void put_hidden(int64_t i) {
+    if (i < N) {
+      if (planned.at[0]) mid.put(hidden.at + i * width, i, 0, N);
+      return;
+    }
+    const int64_t e = routing.expert.at[i - N], begin = routing.begin.at[e], place = routing.place.at[i - N];
+    if (planned.at[1 + e])
+      routed_mid.put(hidden.at + (N + place) * width, place - begin, begin, routing.begin.at[e + 1] - begin);
   }
 
   void add_routed() {

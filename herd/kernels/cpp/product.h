@@ -26,7 +26,7 @@ constexpr int64_t ROWS = 4;
 #endif
 constexpr int64_t BLOCK_ROWS = 192;  // of activations that stay in the second-level cache
 constexpr int FEW = 4;                // rows that wait for memory, not for arithmetic
-constexpr int64_t AHEAD = 6144;      // bytes: how far ahead weights are fetched where few rows share them
+constexpr int64_t AHEAD = 3072;      // bytes: how far ahead weights are fetched where few rows share them
 
 // M rows of K inputs as tiles multiply them: four bytes of each of the tile's rows, then the next four.
 struct Rows {
@@ -86,9 +86,10 @@ struct Rows {
   }
 };
 
+// Into the second cache: there is room for more loads under way than into the first.
 inline void fetch(const uint8_t* p) {
-  __builtin_prefetch(p + AHEAD);
-  __builtin_prefetch(p + AHEAD + 64);
+  __builtin_prefetch(p + AHEAD, 0, 2);
+  __builtin_prefetch(p + AHEAD + 64, 0, 2);
 }
 
 inline uint32_t four_bytes(const uint8_t* p) {
@@ -217,10 +218,11 @@ struct Product {
 // [R, 32] of rows from `row` on go to sink(which product, row, R, panel, results).
 template <class Sink>
 void multiply(const Product* products, int64_t count, const Sink& sink) {
-  int64_t units = 0;
-  for (int64_t i = 0; i < count; i++) units += products[i].units();
-  // Shares of some panels that follow each other, so that memory is read on; units of many rows come first.
-  const int64_t share = most(1, units / (16 * team_size()));
+  int64_t units = 0, rows = 0;
+  for (int64_t i = 0; i < count; i++) units += products[i].units(), rows += products[i].count;
+  // Shares of panels that follow each other: where rows wait for memory, long ones, because each begins with weights that
+  // were not fetched and ends with some that another thread wants; else short ones, so that threads end together.
+  const int64_t share = most(1, units / ((rows <= FEW ? 2 : 16) * team_size()));
 #pragma omp for schedule(dynamic, share)
   for (int64_t unit = 0; unit < units; unit++) {
     int64_t i = 0, at = unit;
