@@ -66,7 +66,7 @@ class Engine:
         assert request.names is None or len(request.names) == len(request.prompt), "each token has a name"
         patches, row = self._patches(request), self._open(request)
         id, self._next_id = self._next_id, self._next_id + 1
-        draws = Draws(request.sampler, request.prompt, cfg.vocab_size)
+        draws = Draws(request.sampler, request.prompt, cfg.vocab_size, request.made)
         self._scheduler.waiting.append(Job(id, request, row, draws, patches))
         return id
 

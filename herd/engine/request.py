@@ -28,7 +28,8 @@ class Request:
     guide: changes the logits before each choice, for instance to leave out what may not come next (-inf). images: the
     features [tokens, D] of each image in the prompt, in their order (`herd.model.vision`). names: of the prompt's
     tokens (`named`); the request then goes on from what is kept of those of its scope that begin the same, and is kept
-    itself. None: neither.
+    itself. None: neither. made: tokens of the answer that another engine chose before; they count to max_tokens, and
+    those that follow are the ones that would have followed there.
     """
 
     prompt: Sequence[int]
@@ -39,6 +40,7 @@ class Request:
     images: Sequence[Tensor] = ()
     names: Sequence[int] | None = None
     scope: str = ""
+    made: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))  # the caller may go on with its list
@@ -80,8 +82,8 @@ class Job:
     cached: int = 0
 
     def __post_init__(self) -> None:
-        names = self.request.names
-        self.ids, self.names = list(self.request.prompt), None if names is None else list(names)
+        names, made = self.request.names, self.request.made
+        self.ids, self.names = [*self.request.prompt, *made], None if names is None else [*names, *made]
         self.begun = len(self.ids)
         self.features_ND = torch.cat(list(self.request.images)) if self.request.images else None
 
@@ -104,7 +106,7 @@ class Job:
     def guided(self, logits_V: Tensor) -> Tensor:
         """Logits as the request's guide leaves them."""
         guide = self.request.guide
-        return logits_V if guide is None else guide(self.ids[self.begun :], logits_V, self.row)
+        return logits_V if guide is None else guide(self.ids[len(self.request.prompt) :], logits_V, self.row)
 
     def take(self, choice: Choice) -> Token:
         """Go on with the chosen token."""
@@ -114,7 +116,7 @@ class Job:
         finish: Finish | None = None
         if choice.id in self.request.eos_ids:
             finish = "stop"
-        elif len(self.ids) - self.begun == self.request.max_tokens:
+        elif len(self.ids) - len(self.request.prompt) == self.request.max_tokens:
             finish = "length"
         return Token(self.id, choice.id, finish, choice.logprob, choice.top, self.cached)
 

@@ -96,7 +96,8 @@ class Choice:
 class Draws:
     """The choices of one sequence, one after the other."""
 
-    def __init__(self, sampler: Sampler, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, sampler: Sampler, prompt: Sequence[int], vocab_size: int, made: Sequence[int] = ()) -> None:
+        """made: tokens that were chosen before."""
         self.sampler = sampler
         self._generator = torch.Generator()
         if sampler.seed is None:
@@ -107,6 +108,10 @@ class Draws:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen_V[torch.tensor(prompt)] = True
             self._counts_V = torch.zeros(vocab_size, dtype=torch.float64)
+        for token in made:
+            if sampler.temperature > 0:
+                self._random()
+            self._note(token)
 
     def choose(self, logits_V: Tensor) -> Choice:
         """The next token; the stream of random numbers moves on by one draw, or by none for greedy choice."""
@@ -120,10 +125,13 @@ class Draws:
             token = int(ids_K[self._draw(probs_K)])
         else:
             token = self._draw(_probabilities(penalised_V, self.sampler))
+        self._note(token)
+        return self._choice(token, logits_V)
+
+    def _note(self, token: int) -> None:
         if self.sampler.penalises:
             self._seen_V[token] = True
             self._counts_V[token] += 1
-        return self._choice(token, logits_V)
 
     def _penalise(self, logits_V: Tensor) -> Tensor:
         s = self.sampler
@@ -136,10 +144,13 @@ class Draws:
     def _draw(self, probs_K: Tensor) -> int:
         # In the order of ids, so that it does not matter which of two equally likely tokens a sort puts first.
         sums_K = probs_K.cumsum(0)
-        at = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums_K[-1]
+        at = self._random() * sums_K[-1]
         # Rounding must not reach the end, behind which there may be tokens that cannot be drawn.
         at = at.minimum(sums_K[-1].nextafter(at.new_zeros(())))
         return int(torch.searchsorted(sums_K, at, right=True))
+
+    def _random(self) -> Tensor:
+        return torch.rand(1, generator=self._generator, dtype=torch.float64)
 
     def _choice(self, token: int, logits_V: Tensor) -> Choice:
         count = self.sampler.logprobs
