@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,32 +26,37 @@ from herd.context.read import Reader
 from herd.context.segment import KV, Spec
 from herd.errors import ConfigError, ContextError, HerdError
 
-_RETRIES = 3  # of a batch whose worker died; a batch that kills all that read it must not go round for ever
+RETRIES = 3  # of work whose worker died; work that kills all that do it must not go round for ever
 
 
 @contextmanager
 def spread(model: Model, address: str = "auto") -> Iterator[Reader]:
     """What reads for `Context.read` on all workers of a Ray cluster: a batch of chunks at a time for each CPU of it.
 
-    address: "auto" (the cluster that this machine is in), HOST:PORT, or "local" (a new one, of this machine's cores).
-    If this process is already connected to one, that is taken. Workers load the model by its name, or path, once each.
-    ConfigError if there is no such cluster; ContextError if a worker has another Herd or other weights, or workers die
-    again and again.
+    address: see `connected`. Workers load the model by its name, or path, once each. ConfigError if there is no such
+    cluster, or a worker has another Herd or other weights; ContextError if workers die again and again.
     """
+    with connected(address):
+        if ray.cluster_resources().get("CPU", 0) < 1:
+            raise ConfigError(f"the Ray cluster at {address} has no CPU; start its nodes with --num-cpus 1 or more")
+        task, its = ray.remote(num_cpus=1, max_retries=RETRIES)(_read), wanted(model)
+
+        def reader(batches: list[list[list[int]]], spec: Spec) -> Iterator[list[KV]]:
+            # Few, as a segment is committed before the next; none is cancelled, which can make Ray end this process.
+            yield from map(_result, [task.remote(its, batch, spec) for batch in batches])
+
+        yield reader
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Be part of a Ray cluster: "auto" (that this machine is in), HOST:PORT, or "local" (a new one, of this machine's
+    cores). If this process is part of one already, that is taken. ConfigError if there is no such cluster."""
     mine = not ray.is_initialized()
     if mine:
         _connect(address)
     try:
-        if ray.cluster_resources().get("CPU", 0) < 1:
-            raise ConfigError(f"the Ray cluster at {address} has no CPU; start its nodes with --num-cpus 1 or more")
-        task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_read)
-        told = (_everywhere(model), __version__, _identity(model))
-
-        def reader(batches: list[list[list[int]]], spec: Spec) -> Iterator[list[KV]]:
-            # Few, as a segment is committed before the next; none is cancelled, which can make Ray end this process.
-            yield from map(_result, [task.remote(*told, batch, spec) for batch in batches])
-
-        yield reader
+        yield
     finally:
         if mine:
             ray.shutdown()
@@ -80,28 +86,45 @@ def _result(ref: "ray.ObjectRef[list[KV]]") -> list[KV]:
         raise
     except RayError as error:
         raise ContextError(
-            f"a worker died or was lost {_RETRIES + 1} times with the same chunks: {str(error).partition(chr(10))[0]} "
+            f"a worker died or was lost {RETRIES + 1} times with the same chunks: {str(error).partition(chr(10))[0]} "
             "What was read so far is kept; the same command goes on from there"
         ) from error
 
 
-def _read(name: str, version: str, identity: str, chunks: list[list[int]], spec: Spec) -> list[KV]:
-    """On a worker: K/V of chunks by the model of this name, if it is the one that is asked for."""
-    where = f"the worker on {ray.util.get_node_ip_address()}"
-    if version != __version__:
-        raise ContextError(f"{where} has Herd {__version__}, not {version}; install {version} on all machines")
-    try:
-        model = _loaded(name)
-    except HerdError as error:
-        raise ContextError(f"{where} cannot load {name}: {error}") from None
-    if _identity(model) != identity:
-        raise ContextError(f"{where} has other weights under {name} ({_identity(model)}, not {identity}); copy them")
-    return read_alone(model.transformer, chunks, spec)
+def _read(its: "Wanted", chunks: list[list[int]], spec: Spec) -> list[KV]:
+    """On a worker: K/V of chunks."""
+    return read_alone(loaded(its).transformer, chunks, spec)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model as workers must have it: its name, the version of Herd, and what it computes with."""
+
+    name: str
+    version: str
+    identity: str
+
+
+def wanted(model: Model) -> Wanted:
+    """This model on other machines."""
+    return Wanted(_everywhere(model), __version__, _identity(model))
 
 
 @lru_cache(1)
-def _loaded(name: str) -> Model:
-    return load(name)
+def loaded(its: Wanted) -> Model:
+    """On a worker: the model, loaded once. ConfigError, which names the machine, if it has another one."""
+    where = f"the worker on {ray.util.get_node_ip_address()}"
+    if its.version != __version__:
+        raise ConfigError(f"{where} has Herd {__version__}, not {its.version}; install {its.version} on all machines")
+    try:
+        model = load(its.name)
+    except HerdError as error:
+        raise ConfigError(f"{where} cannot load {its.name}: {error}") from None
+    if _identity(model) != its.identity:
+        raise ConfigError(
+            f"{where} has other weights under {its.name} ({_identity(model)}, not {its.identity}); copy them"
+        )
+    return model
 
 
 def _identity(model: Model) -> str:

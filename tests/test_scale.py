@@ -6,16 +6,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 import herd
 from herd import checkpoint, scale
@@ -25,26 +24,13 @@ from herd.context.read import Progress
 from herd.errors import ConfigError, ContextError
 from herd.model import Transformer
 from tests.conftest import tiny_config
-
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+from tests.ray_cluster import NODE, two_nodes
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes with one worker each; this process is no part of them."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        # The path of a socket must be short.
-        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
-    ):
-        patch.setenv("RAY_TMPDIR", folder)
-        made = Cluster(initialize_head=True, head_node_args=NODE)
-        try:
-            made.add_node(**NODE)
-            made.wait_for_nodes()
-            yield made
-        finally:
-            made.shutdown()
+    with two_nodes() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +122,7 @@ def test_a_worker_with_other_weights_is_refused_in_one_line(
         shutil.copy(file, folder)  # what workers find under the name
     with (
         scale.spread(model, cluster.address) as reader,
-        pytest.raises(ContextError, match=r"the worker on .* has other weights under .*; copy them"),
+        pytest.raises(ConfigError, match=r"the worker on .* has other weights under .*; copy them"),
     ):
         context.read([files], reader=reader)
     assert context.tokens == 0
@@ -151,8 +137,8 @@ def test_the_command_spreads(cluster: Any, tiny_model: Path, files: Path, tmp_pa
 
 def test_another_version_is_refused(tiny_model: Path) -> None:
     model = herd.load(tiny_model)
-    with pytest.raises(ContextError, match=f"has Herd {herd.__version__}, not 99; install 99 on all machines"):
-        scale._read(str(tiny_model), "99", scale._identity(model), [[1, 2]], None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"has Herd {herd.__version__}, not 99; install 99 on all machines"):
+        scale.loaded(replace(scale.wanted(model), version="99"))
 
 
 def test_a_sequence_is_not_spread(several_model: Path, files: Path, tmp_path: Path) -> None:
