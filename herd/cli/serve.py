@@ -4,11 +4,13 @@ import ipaddress
 import signal
 import socket
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,14 +21,31 @@ from herd.errors import ConfigError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from herd.server.service import Service
+
 NAME = "serve"
 EXAMPLES = examples(
     "herd serve",
     "herd serve ./scout@int4 --data /srv/herd --memory 8G",
     "herd serve --watch ~/notes",
     "herd serve --host 0.0.0.0 --api-key-file key.txt",
+    "herd serve ./scout@int4 --replicas 4 --ray auto",
 )
 _NEEDED = ("fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client", "llguidance", "watchfiles")
+_KeyOption = Annotated[
+    list[str] | None, typer.Option(envvar="HERD_API_KEY", help="A key that clients must have; may be repeated.")
+]
+_ReplicasOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Have N processes of a Ray cluster answer, each with the model.")
+]
+_RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="The cluster of replicas: auto (this machine's), HOST:PORT, or local (a new one, here; the default).",
+    ),
+]
 
 
 def command(
@@ -35,10 +54,7 @@ def command(
     ] = "cria",
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(envvar="HERD_API_KEY", help="A key that clients must have; may be repeated."),
-    ] = None,
+    api_key: _KeyOption = None,
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with a key on each line.")] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Chats, contexts and settings. Default: in the cache folder.")
@@ -58,6 +74,8 @@ def command(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Keep a context up to date with this folder; may be repeated."),
     ] = None,
+    replicas: _ReplicasOption = None,
+    ray: _RayOption = None,
     force: Annotated[bool, typer.Option("--force", help="Listen beyond this machine without a key.")] = False,
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may still take when it is stopped.")] = 60,
 ) -> None:
@@ -71,10 +89,11 @@ def command(
     local = _is_local(host)
     if not local and not keys and not force:
         raise ConfigError(f"anyone who reaches {host} could use this server; give it an --api-key, or --force it")
+    if ray is not None and replicas is None:
+        raise ConfigError("--ray says where replicas are; say with --replicas how many there are to be")
     from herd.checkpoint.room import parse_bytes
     from herd.server.app import create_app
     from herd.server.library import Library
-    from herd.server.service import Service
     from herd.server.state import Settings
     from herd.server.watching import check
 
@@ -85,12 +104,29 @@ def command(
     # A data folder in use is refused before the model is loaded.
     with (
         closing(Library(folder, serve=True)) as library,
-        closing(Service(herd.load(model), rows=rows, memory=room, queue=queue)) as service,
+        _service(model, replicas, ray or "local", folder, rows=rows, memory=room, queue=queue) as service,
     ):
         _run(create_app(service, library, settings), host, port, drain)
 
 
 _ANY = ("0.0.0.0", "::", "")
+
+
+@contextmanager
+def _service(name: str, count: int | None, address: str, data: Path, **limits: Any) -> Iterator["Service"]:
+    """What answers; count: of replicas, if there are to be any."""
+    from herd.server.service import Service
+
+    if count is None:
+        with closing(Service(herd.load(name), **limits)) as service:
+            yield service
+        return
+    try:
+        spread = import_module("herd.server.replicas").spread  # imports Ray, which one machine needs not
+    except ImportError as error:
+        raise ConfigError(f"herd serve --replicas needs Ray Serve ({error}): pip install 'herd-llm[ray]'") from error
+    with spread(herd.load(name), count, address, data, **limits) as service:
+        yield service
 
 
 def _run(app: "FastAPI", host: str, port: int, drain: int) -> None:
@@ -108,6 +144,7 @@ def _run(app: "FastAPI", host: str, port: int, drain: int) -> None:
     config = uvicorn.Config(
         app,
         log_level="warning",
+        loop="asyncio",  # whatever else is installed
         http="h11",  # strict about what a request is
         ws="none",
         server_header=False,

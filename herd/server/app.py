@@ -53,8 +53,9 @@ def model(name: str, request: Request) -> dict[str, Any]:
 @_router.get("/health")
 def health(request: Request) -> JSONResponse:
     """200 while requests are taken."""
-    takes = server(request).service.open
-    return JSONResponse({"status": "ok" if takes else "stopping"}, 200 if takes else 503)
+    service = server(request).service
+    said = {"status": "ok" if service.open else "stopping"} | _replicas(service)
+    return JSONResponse(said, 200 if service.open else 503)
 
 
 @_router.get("/metrics")
@@ -62,12 +63,21 @@ def metrics(request: Request) -> Response:
     """Counts in Prometheus' format."""
     its = server(request)
     service, counts = its.service, its.service.metrics
-    counts.waiting.set(service.waiting)
-    counts.running.set(service.running)
-    counts.kv_bytes.set(service.memory_used)
-    counts.kv_limit.set(service.memory)
+    all_of = [service] if service.elsewhere is None else [service, service.elsewhere]
+    counts.waiting.set(sum(one.waiting for one in all_of))
+    counts.running.set(sum(one.running for one in all_of))
+    counts.kv_bytes.set(sum(one.memory_used for one in all_of))
+    counts.kv_limit.set(sum(one.memory for one in all_of))
+    for state, count in _replicas(service).get("replicas", {}).items():
+        counts.replicas.labels(state).set(count)
     counts.context_tokens.set(sum(info.tokens for info in its.contexts.all()))
     return Response(counts.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _replicas(service: Service) -> dict[str, dict[str, int]]:
+    """How many replicas answer, and how many there should be, if there are any."""
+    found = None if service.elsewhere is None else service.elsewhere.replicas
+    return {} if found is None else {"replicas": {"running": found.alive, "wanted": found.count}}
 
 
 def _model(its: Server) -> dict[str, Any]:

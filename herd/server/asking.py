@@ -70,7 +70,9 @@ async def ask(server: Server, client: Client, plan: Plan) -> Asked:
     asks, guides = list[Ask](), list[Guided | None]()
     for prompt in plan.prompts:
         for choice in range(n):
-            guided = Guided(tokenizer.eos_ids, bias, matcher) if bias or matcher is not None else None
+            guided = None
+            if bias or matcher is not None:
+                guided = Guided(tokenizer.eos_ids, bias, matcher, plan.schema)
             guide: Guide | None = guided
             ask = Ask(
                 prompt.ids,

@@ -31,7 +31,8 @@ class Ask:
     guide, images: see `herd.engine.Request`. stopped: told each token, says whether the answer ends there, as at a stop
     string. contexts: what it sees besides its prompt, as they are now (`Contexts.now`). question: holds the answer to
     quotes of the contexts; it is then greedy, and guide, sampler and stopped are not used. client: clients take turns.
-    scope: what was seen for one scope is never used for another one.
+    scope: what was seen for one scope is never used for another one. here: what is seen of it is to be had from this
+    process later, so no other one may answer. made: see `herd.engine.Request`.
     """
 
     ids: Sequence[int]
@@ -44,6 +45,8 @@ class Ask:
     question: str | None = None
     client: str = ""
     scope: str = ""
+    here: bool = False
+    made: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

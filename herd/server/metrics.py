@@ -17,6 +17,7 @@ class Metrics:
         )
         self.kv_limit = Gauge("herd_kv_bytes_limit", "Keys and values that may be set aside.", registry=registry)
         self.context_tokens = Gauge("herd_context_tokens", "Tokens of all contexts.", registry=registry)
+        self.replicas = Gauge("herd_replicas", "Replicas that answer, and that should.", ["state"], registry=registry)
         self._answers = Counter("herd_answers", "Answers, by how they ended.", ["finish"], registry=registry)
         self._prompt = Counter("herd_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._cached = Counter("herd_cached_tokens", "Tokens of prompts that had been seen before.", registry=registry)

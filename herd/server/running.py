@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from herd.api import Model
 from herd.context.cache import ContextCache, ContextRow
@@ -14,7 +15,8 @@ from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
 
-BESIDE = 192  # tokens of prompts in a step, where several requests run
+if TYPE_CHECKING:
+    from herd.server.replicas import Replicas
 
 
 @dataclass(eq=False)
@@ -42,9 +44,8 @@ class Job:
 class Running:
     """An engine and its jobs. It belongs to one thread."""
 
-    def __init__(self, model: Model, memory: Memory | None, rows: int, metrics: Metrics) -> None:
-        """memory: what its requests see contexts with."""
-        self.engine = Engine(model.transformer, cache=memory, rows=rows, beside=BESIDE, vision=model.vision)
+    def __init__(self, model: Model, engine: "Engine | Replicas", metrics: Metrics) -> None:
+        self.engine = engine
         self.jobs: dict[int, Job] = {}
         self._model, self._metrics = model, metrics
 
@@ -60,8 +61,8 @@ class Running:
         if ask.question is not None:
             self._try(job, Try(list(ask.ids), Quoting(ask.question, self._model.tokenizer)))
             return
-        names = (job.names, ask.scope)
-        self._submit(job, Request(ask.ids, ask.max_tokens, ask.sampler, ends, ask.guide, ask.images, *names))
+        its = (job.names, ask.scope, ask.made)
+        self._submit(job, Request(ask.ids, ask.max_tokens, ask.sampler, ends, ask.guide, ask.images, *its))
 
     def cancel(self, job: Job) -> None:
         """End a job and give its memory back."""

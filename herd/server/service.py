@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from herd.api import Context, Model
 from herd.checkpoint.room import available_memory
 from herd.context.cache import ContextCache
-from herd.engine import Block, check_prompt, named
+from herd.engine import Block, Engine, check_prompt, named
 from herd.engine.prefixes import Names
 from herd.errors import PromptError
 from herd.model import Memory
@@ -28,11 +28,15 @@ from herd.server.fair import FairQueue
 from herd.server.metrics import Metrics
 from herd.server.running import Job, Running
 
+if TYPE_CHECKING:
+    from herd.server.replicas import Replicas
+
 T = TypeVar("T")
 _log = logging.getLogger("herd.server")
 _Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
 _PLAIN: _Engine = ((), 0)
 _STOPPING = "the server is being stopped; ask again when it is back"
+BESIDE = 192  # tokens of prompts in a step, where several requests run
 SHORT = 256  # tokens of a short request, prompt and answer
 IDLE = 8  # engines of contexts that are kept with nothing to do
 
@@ -48,19 +52,32 @@ class Service:
         memory: int | None = None,
         queue: int = 256,
         metrics: Metrics | None = None,
+        spare: int | None = None,
+        replicas: "Replicas | None" = None,
+        elsewhere: "Service | None" = None,
     ) -> None:
         """At most `rows` answers at a time, with `memory` bytes of keys and values (None: half of what is free), and
-        `queue` more that wait."""
-        self.model, self.rows, self.queue = model, rows, queue
-        self._spare = rows // 4  # rows that only short requests get
-        self.memory = available_memory() // 2 if memory is None else memory
+        `queue` more that wait. spare: rows that only short requests get (None: a quarter).
+
+        replicas: what runs requests in place of this process; rows and memory are those of each. elsewhere: the service
+        that answers what needs nothing of this process; it is closed with this one.
+        """
+        each = available_memory() // 2 if memory is None else memory
+        many = 1 if replicas is None else replicas.count
+        self.model, self.rows, self.queue = model, rows * many, queue
+        self.memory, self._most = each * many, each  # of all, and of one request
+        self._spare = self.rows // 4 if spare is None else spare
         self.metrics = Metrics() if metrics is None else metrics
+        self.replicas, self.elsewhere = replicas, elsewhere
         self._waiting: FairQueue[Job] = FairQueue(_size)
-        self._engines: dict[_Engine, Running] = {_PLAIN: self._engine(None)}
-        self._prefixes = self._engines[_PLAIN].engine.prefixes
+        plain = self._engine(None) if replicas is None else Running(model, replicas, self.metrics)
+        self._engines: dict[_Engine, Running] = {_PLAIN: plain}
+        self._prefixes = plain.engine.prefixes
         self._orders: list[Callable[[], None]] = []
         self._changed = threading.Condition()
-        self._open = True
+        self._open, self._due = True, False
+        if replicas is not None:
+            replicas.tell = self._look
         self._reader = ThreadPoolExecutor(1, "reader", _stand_back)
         self._thread = threading.Thread(target=self._work, name="service", daemon=True)
         self._thread.start()
@@ -68,6 +85,8 @@ class Service:
     async def submit(self, *asks: Ask) -> Answers:
         """Queue the asks of one request. PromptError for one that can never run, such as TooLong; Busy if too many
         wait."""
+        if self.elsewhere is not None and not any(ask.contexts or ask.here for ask in asks):
+            return await self.elsewhere.submit(*asks)
         memories = [await asyncio.to_thread(self._memory, ask) if ask.contexts else None for ask in asks]
         for ask, memory in zip(asks, memories, strict=True):
             self._check(ask, 0 if memory is None else memory.start_position)
@@ -82,7 +101,7 @@ class Service:
                 raise Busy(f"{len(self._waiting):,} requests wait, and {self.queue:,} may; ask again later")
             for job in jobs:
                 self._waiting.push(job.ask.client, job)
-            self._changed.notify()
+            self._look()
         return answers
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -131,9 +150,11 @@ class Service:
 
     def close(self) -> None:
         """Stop the thread. What waits or runs ends with Busy."""
+        if self.elsewhere is not None:
+            self.elsewhere.close()
         with self._changed:
             self._open = False
-            self._changed.notify()
+            self._look()
         self._thread.join()
         self._reader.shutdown(cancel_futures=True)
         for order in self._orders:
@@ -143,7 +164,7 @@ class Service:
     @property
     def open(self) -> bool:
         """Whether it takes requests."""
-        return self._open and self._thread.is_alive()
+        return self._open and self._thread.is_alive() and (self.elsewhere is None or self.elsewhere.open)
 
     @property
     def waiting(self) -> int:
@@ -162,7 +183,9 @@ class Service:
         return sum(running.engine.memory_used for running in tuple(self._engines.values()))
 
     def _engine(self, memory: Memory | None) -> Running:
-        return Running(self.model, memory, self.rows, self.metrics)
+        model = self.model
+        engine = Engine(model.transformer, cache=memory, rows=self.rows, beside=BESIDE, vision=model.vision)
+        return Running(model, engine, self.metrics)
 
     def _memory(self, ask: Ask) -> ContextCache:
         first, *also = ask.contexts
@@ -185,10 +208,10 @@ class Service:
                 "Please reduce the length of the messages or completion."
             )
         needed = bytes_needed(cfg, asked, self.model.transformer.memory_dtype)
-        if needed > self.memory:
+        if needed > self._most:
             raise TooLong(
                 f"{asked:,} tokens ({len(ask.ids):,} in the prompt, {ask.max_tokens:,} in the answer) need {needed:,} "
-                f"bytes for keys and values; this server has {self.memory:,}: shorten them, or give it more memory"
+                f"bytes for keys and values; this server has {self._most:,}: shorten them, or give it more memory"
             )
 
     def _has_place(self, asks: Sequence[Ask]) -> bool:
@@ -214,26 +237,33 @@ class Service:
         with self._changed:
             if self._open:
                 self._orders.append(order)
-                self._changed.notify()
+                self._look()
                 return
         order()  # by now, the thread does nothing
 
+    def _look(self) -> None:
+        """Have the thread look what there is to do."""
+        with self._changed:
+            self._due = True
+            self._changed.notify()
+
     def _work(self) -> None:
+        engines = self._engines
         try:
             while self._open:
                 with self._changed:
-                    self._changed.wait_for(lambda: not self._open or self._orders or self._waiting or self.running)
-                    orders, self._orders = self._orders, []
+                    self._changed.wait_for(lambda: self._due or not all(its.engine.idle for its in engines.values()))
+                    orders, self._orders, self._due = self._orders, [], False
                 for order in orders:
                     order()
-                self._admit()
-                for running in self._engines.values():
+                for running in engines.values():
                     others = self.memory_used - running.engine.memory_used
                     running.engine.allow(self.memory - others)
                     clients = running.step()
                     with self._changed:
                         for client in clients:
                             self._waiting.give(client, 1)
+                self._admit()  # last, for what came to its end may have made room
         except BaseException as error:  # none is known; whoever waits is told rather than left waiting
             _log.critical("the model's thread ended", exc_info=error)
             with self._changed:

@@ -21,6 +21,7 @@ from herd.errors import PromptError
 from herd.model import KVRow
 from herd.prompt import Tokenizer
 
+Schema = Mapping[str, Any] | bool
 MAX_SCHEMA_BYTES = 1 << 17
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,  # 10 ms
@@ -41,7 +42,7 @@ class Grammars:
         self._tokenizer, self._lock = tokenizer, threading.Lock()
         self._vocabulary: LLTokenizer | None = None  # takes a second, so it is made when it is wanted
 
-    def matcher(self, schema: Mapping[str, Any] | bool) -> LLMatcher:
+    def matcher(self, schema: Schema) -> LLMatcher:
         """Of a JSON schema, to be copied for each answer. PromptError for one that is none, or too large."""
         if not self._tokenizer.byte_level:
             raise PromptError("answers that keep to JSON need a byte-level vocabulary, which this model has not")
@@ -62,9 +63,17 @@ class Grammars:
 
 
 class Guided:
-    """Guides one answer (`herd.engine.Request`): adds biases, and leaves only what the matcher allows."""
+    """Guides one answer (`herd.engine.Request`): adds biases, and leaves only what the matcher allows.
 
-    def __init__(self, ends: Sequence[int], bias: Mapping[int, float], matcher: LLMatcher | None) -> None:
+    failed: why no answer keeps to the schema, or finding one takes too much; None if neither was seen.
+    """
+
+    def __init__(
+        self, ends: Sequence[int], bias: Mapping[int, float], matcher: LLMatcher | None, schema: Schema | None = None
+    ) -> None:
+        """schema: that the matcher is of, for other processes to make the same guide."""
+        self.bias, self.schema = bias, schema
+        self.failed: str | None = None
         self._ends, self._taken = list(ends), 0
         self._matcher = None if matcher is None else matcher.deep_copy()
         self._ids, self._values = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
@@ -78,7 +87,8 @@ class Guided:
         self._matcher.consume_tokens(list(ids[self._taken :]))
         self._taken = len(ids)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self.failed is not None:
+        if self._matcher.is_error():
+            self.failed = f"the schema allows no answer, or is too complex: {_line(self._matcher.get_error())}"
             # One answer must not end the step of all others. Its client is told at the end, which comes now.
             forced_V = torch.full_like(logits_V, -math.inf)
             forced_V[self._ends] = 0.0
@@ -86,13 +96,6 @@ class Guided:
         # What is behind the last bit is not allowed.
         allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(logits_V), bitorder="little")).view(torch.bool)
         return torch.where(allowed_V.to(logits_V.device), logits_V, -math.inf)
-
-    @property
-    def failed(self) -> str | None:
-        """Why no answer keeps to the schema, or finding one takes too much; None if neither was seen."""
-        if self._matcher is None or not self._matcher.is_error():
-            return None
-        return f"the schema allows no answer, or is too complex: {_line(self._matcher.get_error())}"
 
 
 def call_schema(tools: Sequence[tuple[str, Mapping[str, Any] | None]]) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class Talks:
         talk = _Talk(ask)
         if talk.plain:
             await self._recall(chat.id, ask)
-        talk.answers = await self._server.service.submit(replace(ask, stopped=talk.stopped))
+        talk.answers = await self._server.service.submit(replace(ask, stopped=talk.stopped, here=True))
         return talk
 
     async def _begin(

@@ -64,16 +64,22 @@ def user(content: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(model: herd.Model, data: Path, *, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Served]:
-    """A server while the block runs. limits: those of `Service`, and max_body and max_upload of `Settings`."""
+def serving(
+    model: herd.Model, data: Path, *, keys: tuple[str, ...] = (), service: Service | None = None, **limits: Any
+) -> Iterator[Served]:
+    """A server while the block runs. service: what answers, which somebody else closes; limits: those of `Service` if
+    there is none, and max_body and max_upload of `Settings`."""
     sizes = {name: limits.pop(name) for name in ("max_body", "max_upload") if name in limits}
-    service = Service(model, memory=limits.pop("memory", 1 << 26), **limits)
+    mine = service is None
+    service = service or Service(model, memory=limits.pop("memory", 1 << 26), **limits)
     library = Library(data)
     app = create_app(service, library, Settings("tiny", api_keys=keys, **sizes))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        config = uvicorn.Config(app, log_level="error", http="h11", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, log_level="error", loop="asyncio", http="h11", ws="none", timeout_graceful_shutdown=5
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -87,5 +93,6 @@ def serving(model: herd.Model, data: Path, *, keys: tuple[str, ...] = (), **limi
         finally:
             server.should_exit = True
             thread.join()
-            service.close()
+            if mine:
+                service.close()
             library.close()
