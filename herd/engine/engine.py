@@ -102,7 +102,7 @@ class Engine:
         job = self._scheduler.find(id)
         if job is not None:
             if keep:
-                self._keep(job)
+                self._scheduler.keep(job)
             self._scheduler.remove(job)
         return job is not None
 
@@ -147,19 +147,13 @@ class Engine:
             piece.job.advance(len(piece.ids))
             # Local layers will forget what they saw of the first chunk, and answers make their own way.
             if piece.job.seen in (piece.job.begun, self._chunk):
-                self._keep(piece.job)
+                self._scheduler.keep(piece.job)
         tokens = [job.take(choice) for job, choice in zip(choosing, choices, strict=True)]
         for job, token in zip(choosing, tokens, strict=True):
             if token.finish:
-                self._keep(job)
+                self._scheduler.keep(job)
                 self._scheduler.remove(job)
         return tokens
-
-    def _keep(self, job: Job) -> None:
-        """Let others begin with what a request has seen, if it is named."""
-        if job.names is not None and job.seen > job.cached:
-            names = job.names[: job.seen]
-            self.prefixes.keep(job.request.scope, names, job.row, self._scheduler.left)
 
 
 def forward(transformer: Transformer, memory: Memory, pieces: Sequence[Piece]) -> Tensor:

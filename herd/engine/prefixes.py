@@ -127,6 +127,15 @@ class Prefixes:
         begin = self.begin(stop)
         return next((b.start for b in blocks if begin <= b.start < stop and b.local_kv is None), stop)
 
+    def known(self, scope: str, names: Sequence[int]) -> int:
+        """How many of these tokens need not be computed."""
+        return self.reach(*self.find(scope, names))
+
+    def fits(self, tokens: int, most: int | None) -> bool:
+        """Whether so many bytes (None: any) hold what is kept of a sequence of so many tokens, all else given up."""
+        held = tokens if self._chunk is None else min(tokens, 2 * self._chunk)
+        return most is None or (len(self._global) * tokens + len(self._local) * held) * self._bytes <= most
+
     def fill(self, scope: str, names: Sequence[int], row: KVRow) -> int:
         """Copy into an empty row what is kept of these tokens: of how many. The last one is left to be computed."""
         blocks, same = self.find(scope, names)

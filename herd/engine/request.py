@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from herd.config import TextConfig
-from herd.engine.prefixes import Prefixes
+from herd.engine.prefixes import Prefixes, common
 from herd.engine.sampler import Choice, Draws, Sampler
 from herd.errors import PromptError
 from herd.model import KVRow
@@ -91,6 +91,12 @@ class Job:
     def answering(self) -> bool:
         """Whether the model has seen the prompt."""
         return self.seen >= self.begun
+
+    def shared(self, other: "Job") -> int:
+        """How many tokens both prompts begin with, if others may begin with them; the last one is computed anyway."""
+        if self.names is None or other.names is None or self.request.scope != other.request.scope:
+            return 0
+        return min(common(self.names, other.names), self.begun - 1, other.begun)
 
     def begin(self, prefixes: Prefixes) -> None:
         """Remember what is kept of its prompt."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from herd.engine.prefixes import Prefixes
 from herd.engine.request import Job
 
+WORTH = 64  # tokens that are not computed again: for fewer, no job waits
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -20,7 +22,9 @@ class Scheduler:
     """First come, first served. A job runs as soon as there is a row, and memory for all it can ever need.
 
     So a job that runs is never interrupted for want of memory. The first one that waits is not overtaken by smaller
-    ones, so every job runs at last; where it needs memory of what is kept, that is given up.
+    ones, so every job runs at last; where it needs memory of what is kept, that is given up. A job whose beginning
+    another one is about to see follows it: it has a row, but gives its turns to the other one, and begins behind what
+    that has seen.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Scheduler:
         self.chunk, self.start, self.prefixes = chunk, start, prefixes
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self._following: dict[Job, tuple[Job, int]] = {}  # what runs and has not begun: whom, up to how many tokens
 
     @property
     def memory_used(self) -> int:
@@ -60,7 +65,13 @@ class Scheduler:
     def remove(self, job: Job) -> None:
         """Forget a job and give its memory back."""
         (self.running if job in self.running else self.waiting).remove(job)
+        self._following.pop(job, None)
         job.row.close()
+
+    def keep(self, job: Job) -> None:
+        """Let others begin with what a job has seen, if it is named."""
+        if job.names is not None and job.seen > job.cached:
+            self.prefixes.keep(job.request.scope, job.names[: job.seen], job.row, self.left)
 
     def plan(self) -> list[Piece]:
         """The next step: one token of every answer, and prompts as far as prompt_tokens go.
@@ -68,6 +79,12 @@ class Scheduler:
         So an answer goes on in every step, however long the prompts beside it are.
         """
         self._admit()
+        for job, (first, tokens) in [*self._following.items()]:
+            if first not in self.running:
+                self._begin(job)
+            elif first.seen >= tokens:
+                self.keep(first)
+                self._begin(job)
         shares, pieces = self._shares(), []
         for job in self.running:
             count = shares.get(job, len(job.ids) - job.seen)
@@ -80,11 +97,12 @@ class Scheduler:
         """Tokens that are seen of each prompt: a quarter of all is the oldest's, so that it goes on, whatever comes;
         then those come that have the fewest left, so that a short one does not wait for a long one."""
         prompts = [job for job in self.running if not job.answering]
-        shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) > 1]
+        shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) - len(self._following) > 1]
 
-        def give(job: Job, most: int) -> int:
+        def give(turn: Job, most: int) -> int:
+            job, stop = self._following.get(turn, (turn, len(turn.ids)))
             rest = most if self.chunk is None else self.chunk - (self.start + job.seen) % self.chunk - shares[job]
-            count = min(len(job.ids) - job.seen - shares[job], most, rest)
+            count = max(0, min(stop - job.seen - shares[job], most, rest))
             shares[job] += count
             return count
 
@@ -102,4 +120,19 @@ class Scheduler:
             if left is not None and not self.prefixes.shrink(left - first.row.nbytes):
                 return
             self.running.append(self.waiting.popleft())
-            first.begin(self.prefixes)
+            self._begin(first)
+
+    def _begin(self, job: Job) -> None:
+        """Let a job go on behind what is kept of its beginning, or follow the one that has most of what is not."""
+        self._following.pop(job, None)
+        known = self.prefixes.known(job.request.scope, job.names or ())
+        others = [its for its in self.running if its is not job and its not in self._following]
+        shared = [job.shared(its) for its in others] if job.begun - known > WORTH else []
+        tokens = max(shared, default=0)
+        if tokens - known >= WORTH and self.prefixes.fits(tokens, self.left):
+            first = others[shared.index(tokens)]
+            if first.seen < tokens:
+                self._following[job] = first, tokens
+                return
+            self.keep(first)
+        job.begin(self.prefixes)

@@ -149,8 +149,8 @@ def calls_json(parts: Iterable[Part]) -> list[dict[str, Any]]:
 
 
 def usage(prompt: int, generated: int, ends: Any) -> dict[str, Any]:
-    """How many tokens a request took; cached_tokens: of its prompt, those that the model had seen before."""
-    cached = max((end.cached_tokens for end in ends), default=0)
+    """How many tokens a request took; cached_tokens: of its prompt, those that none of its choices computed."""
+    cached = min((end.cached_tokens for end in ends), default=0)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

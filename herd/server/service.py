@@ -128,8 +128,8 @@ class Service:
         return self._prefixes.blocks(scope, names)
 
     def known(self, scope: str, names: Sequence[int]) -> int:
-        """How many of these tokens need not be computed. For the model's thread (`call`)."""
-        return self._prefixes.reach(*self._prefixes.find(scope, names))
+        """See `Prefixes.known`. For the model's thread (`call`)."""
+        return self._prefixes.known(scope, names)
 
     def add(self, scope: str, names: Sequence[int], blocks: Sequence[Block]) -> None:
         """See `Prefixes.add`. For the model's thread (`call`)."""

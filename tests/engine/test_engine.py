@@ -1,6 +1,6 @@
 """The engine: in whatever company and whenever they come, requests get what they get alone; memory is exact."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herd.engine import Engine, Request, Sampler, Token, stream
+from herd.engine import Engine, Request, Sampler, Token, scheduler, stream
 from herd.errors import PromptError
 from herd.model import Transformer, bytes_needed
 from tests.engine.test_sampler import reference_choice
@@ -52,8 +52,11 @@ def alone(model: Transformer, request: Request) -> list[int]:
 
 @dataclass(frozen=True)
 class Visit:
-    """A request, when it comes and how many steps later it is cancelled."""
+    """A request, when it comes and how many steps later it is cancelled. It begins with so many tokens of a text that
+    others begin with, too; scope: of those it shares them with, None: of none."""
 
+    shared: int
+    scope: str | None
     length: int
     max_tokens: int
     sampler: int
@@ -62,20 +65,24 @@ class Visit:
 
     @property
     def request(self) -> Request:
-        return Request(prompt(self.length, self.length), self.max_tokens, SAMPLERS[self.sampler], EOS)
+        ids = [*prompt(self.shared), *prompt(self.length, self.length)]
+        its = Request(ids, self.max_tokens, SAMPLERS[self.sampler], EOS)
+        return its if self.scope is None else replace(its, names=ids, scope=self.scope)
 
     @property
     def bytes(self) -> int:
-        return bytes_needed(CONFIG, self.length + self.max_tokens, torch.float32)
+        return bytes_needed(CONFIG, self.shared + self.length + self.max_tokens, torch.float32)
 
 
 @cache
-def _alone(model: Transformer, length: int, max_tokens: int, sampler: int) -> list[int]:
-    return alone(model, Visit(length, max_tokens, sampler, 0, None).request)
+def _alone(model: Transformer, shared: int, length: int, max_tokens: int, sampler: int) -> list[int]:
+    return alone(model, Visit(shared, None, length, max_tokens, sampler, 0, None).request)
 
 
 VISITS = st.builds(
     Visit,
+    shared=st.integers(0, 3 * CHUNK),
+    scope=st.sampled_from([None, "a", "a", "b"]),
     length=st.integers(1, 3 * CHUNK),
     max_tokens=st.integers(1, 12),
     sampler=st.integers(0, len(SAMPLERS) - 1),
@@ -89,9 +96,19 @@ VISITS = st.builds(
     visits=st.lists(VISITS, min_size=1, max_size=8),
     rows=st.sampled_from([1, 2, 5]),
     prompt_tokens=st.sampled_from([1, 5, 64]),
-    tokens_in_memory=st.sampled_from([None, 36, 80]),
+    tokens_in_memory=st.sampled_from([None, 60, 140]),
+    worth=st.sampled_from([1, 6]),
 )
 def test_requests_that_come_and_go_get_what_they_get_alone(
+    model: Transformer, visits: list[Visit], rows: int, prompt_tokens: int, tokens_in_memory: int | None, worth: int
+) -> None:
+    """Whoever they share a beginning with, and wherever that one is when they come, or goes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "WORTH", worth)
+        _come_and_go(model, visits, rows, prompt_tokens, tokens_in_memory)
+
+
+def _come_and_go(
     model: Transformer, visits: list[Visit], rows: int, prompt_tokens: int, tokens_in_memory: int | None
 ) -> None:
     memory = None if tokens_in_memory is None else bytes_needed(CONFIG, tokens_in_memory, torch.float32)
@@ -112,15 +129,14 @@ def test_requests_that_come_and_go_get_what_they_get_alone(
             if token.finish:
                 finished.add(token.request)
         assert len(engine.running) <= rows
-        sizes = [
-            bytes_needed(CONFIG, v.length + v.max_tokens, torch.float32) for v in map(ids.get, engine.running) if v
-        ]
-        assert engine.memory_used == sum(sizes) and (memory is None or sum(sizes) <= memory)
+        sizes = [ids[id].bytes for id in engine.running]
+        assert engine.memory_used == sum(sizes) + engine.prefixes.nbytes
+        assert memory is None or engine.memory_used <= memory
         step += 1
-    assert engine.memory_used == 0
+    assert engine.memory_used == engine.prefixes.nbytes
     assert len(ids) == len(visits) and finished | cancelled == set(ids) and not finished & cancelled
     for id, visit in ids.items():
-        expected = _alone(model, visit.length, visit.max_tokens, visit.sampler)
+        expected = _alone(model, visit.shared, visit.length, visit.max_tokens, visit.sampler)
         got = found.get(id, [])
         assert got == (expected if id in finished else expected[: len(got)])
 

@@ -175,3 +175,85 @@ def test_penalties_count_what_was_not_computed_again() -> None:
     whole.submit(replace(request, names=None))
     got, expected = list(stream(engine)), list(stream(whole))
     assert [token.id for token in got] == [token.id for token in expected] and got[0].cached == 12
+
+
+# Requests that come together
+
+
+def together(engine: Engine, *prompts: list[int], scope: str = "") -> list[int]:
+    return [engine.submit(Request(ids, 5, names=ids, scope=scope)) for ids in prompts]
+
+
+def ends(engine: Engine, model: Transformer, ids: list[int], prompts: list[list[int]]) -> list[int]:
+    """How many tokens of each prompt were not computed; answers must be those that each gets alone."""
+    found: dict[int, list[Token]] = {id: [] for id in ids}
+    for token in stream(engine):
+        found[token.request].append(token)
+    for tokens, asked in zip(found.values(), prompts, strict=True):
+        assert [token.id for token in tokens] == [token.id for token in ask(Engine(model), asked)]
+    return [tokens[0].cached for tokens in found.values()]
+
+
+def test_a_beginning_is_computed_once(model: Transformer) -> None:
+    """A system prompt of all, and a document of two of them."""
+    system, document = text(100, 3), text(80, 4)
+    prompts = [[*system, 1], [*system, 2, *document, 3], [*system, 4, *text(9)], [*system, 2, *document, 5, 6]]
+    engine = Engine(model, prompt_tokens=10)
+    ids = together(engine, *prompts)
+    assert ends(engine, model, ids, prompts) == [0, 100, 100, 181]
+
+
+def test_a_prompt_that_is_seen_by_half_is_followed(model: Transformer) -> None:
+    """By one that shares more than was seen; one that shares less begins at once."""
+    begin = text(110, 3)
+    prompts = [[*begin, *text(50, 1)], [*begin, 1], [*begin[:80], 2]]
+    engine = Engine(model, prompt_tokens=10)
+    ids = together(engine, prompts[0])
+    for _ in range(10):
+        assert engine.step() == []
+    ids += together(engine, *prompts[1:])
+    assert ends(engine, model, ids, prompts) == [0, 110, 80]
+
+
+def test_who_follows_one_that_is_cancelled_goes_on(model: Transformer) -> None:
+    prompts = [[*text(100, 3), number] for number in range(3)]
+    engine = Engine(model, prompt_tokens=10)
+    first, *others = together(engine, *prompts)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(first)
+    cached = ends(engine, model, others, prompts[1:])
+    assert cached[0] <= CHUNK and cached[1] == 100, "the next one is followed"
+
+
+def test_who_follows_waits_no_longer_than_for_its_own_prompt() -> None:
+    """Its turns are the other's, which would be the last to be served by itself."""
+    model, begin, steps = _plain(), text(100, 3), list[int]()
+    for scope in ("a", "b"):
+        engine = Engine(model, prompt_tokens=8)
+        for ids in (text(400), *(text(150, seed) for seed in range(10, 20))):
+            engine.submit(Request(ids, 1))
+        together(engine, [*begin, *text(300, 1)], scope="a")
+        (last,) = together(engine, [*begin, 1], scope=scope)
+        steps.append(next(n for n in range(1000) if any(token.request == last for token in engine.step())))
+    assert steps[0] <= steps[1] + 1
+
+
+@pytest.mark.parametrize(("tokens", "at_once"), [(40, True), (70, False)])
+def test_a_few_tokens_are_not_waited_for(tokens: int, at_once: bool) -> None:
+    engine = Engine(_plain())
+    ids = together(engine, [*text(tokens), 1], [*text(tokens), 2])
+    first = next(said for said in iter(engine.step, None) if said)
+    assert [token.request for token in first] == (ids if at_once else ids[:1])
+
+
+def test_nobody_waits_for_what_there_is_no_room_to_keep() -> None:
+    engine = Engine(_plain(), memory=2 * bytes_needed(CONFIG, 106, torch.float32))
+    prompts = [[*text(100), 1], [*text(100), 2]]
+    assert ends(engine, _plain(), together(engine, *prompts), prompts) == [0, 0]
+
+
+def test_nobody_waits_for_another_scope(model: Transformer) -> None:
+    engine, prompts = Engine(model), [[*text(100), 1], [*text(100), 2]]
+    ids = [*together(engine, prompts[0], scope="a"), *together(engine, prompts[1], scope="b")]
+    assert ends(engine, model, ids, prompts) == [0, 0]

@@ -159,6 +159,14 @@ def test_counts(model: herd.Model, tmp_path: Path) -> None:
             assert found and float(found[1]) == value, name
 
 
+def test_choices_compute_their_prompt_once(model: herd.Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path) as served:
+        used = served.ask(messages=[user("Once upon a time. " * 8)], n=3, max_tokens=2, seed=1)["usage"]
+        assert used["prompt_tokens_details"]["cached_tokens"] == 0, "one of them computed it"
+        counted = re.search(r"^herd_cached_tokens_total (\S+)$", served.http.get("/metrics").text, re.MULTILINE)
+        assert counted and float(counted[1]) == 2 * (used["prompt_tokens"] - 1)
+
+
 def test_tokens_and_text(served: Served) -> None:
     ids = served.model.tokenizer.encode("A llama ☃ <|im_end|>")
     assert served.ask("/tokenize", prompt="A llama ☃ <|im_end|>")["tokens"] == ids
