@@ -172,6 +172,32 @@ def give(tab: Page, how: str, name: str, data: bytes, kind: str = "image/png") -
     tab.evaluate(GIVE, [how, name, kind, base64.b64encode(data).decode()])
 
 
+def choose(tab: Page, *names: str) -> None:
+    """Files by "Choose files": images, and others of one line."""
+    with tab.expect_file_chooser() as chooser:
+        tab.get_by_role("button", name="Choose files").click()
+    kinds = [("image/png", png(300, 200)) if name.endswith(".png") else ("text/plain", b"GATE = 1\n") for name in names]
+    chooser.value.set_files(
+        [{"name": n, "mimeType": kind, "buffer": data} for n, (kind, data) in zip(names, kinds, strict=True)]
+    )
+
+
+def test_of_files_that_are_chosen_images_go_to_the_question(page: Open, server: Served) -> None:  # noqa: F811
+    tab, before = page(), server.http.get("/api/state").json()["contexts"]
+    choose(tab, "sea.png")
+    expect(tab.locator("#shown img")).to_have_count(1)
+    expect(tab.get_by_role("heading", name="What should be read?")).to_be_visible()
+    send(tab, "What is this?")
+    expect(tab.locator(".user .pictures img")).to_have_count(1)
+    assert server.http.get("/api/state").json()["contexts"] == before
+    tab.get_by_role("link", name="New chat").first.click()
+    tab.route("**/files", lambda route: route.fulfill(json={}))  # chunks of this model are too short to read into
+    choose(tab, "sky.png", "gate.txt")
+    expect(tab.get_by_role("alert")).to_contain_text("Contexts are asked without images, so sky.png is not taken")
+    expect(tab.get_by_label("Answers come from")).to_contain_text("gate.txt")
+    expect(tab.locator("#shown img")).to_have_count(0)
+
+
 def test_images_are_dropped_pasted_chosen_taken_out_and_shown(page: Open, server: Served) -> None:  # noqa: F811
     tab = page()
     give(tab, "drop", "sea.png", png(300, 200))
@@ -237,6 +263,10 @@ def test_a_model_that_sees_no_images_says_so_at_once(
         give(tab, "drop", "again.png", png(9, 9))
         expect(tab.get_by_role("alert")).to_contain_text("again.png is not shown")
         accessible(tab, "no images")
+        choose(tab, "chosen.png", "gate.txt")
+        expect(tab.get_by_role("alert")).to_contain_text("tiny reads no images, so chosen.png is not shown to it")
+        expect(tab.get_by_role("button", name="gate.txt", exact=True)).to_be_visible()
+        assert blind.http.get(f"/api/contexts/{id}").json()["skipped"] == []
 
 
 def test_what_others_write_is_seen_without_a_reload(page: Open, server: Served) -> None:  # noqa: F811

@@ -147,13 +147,13 @@ async function submit() {
   $("send").disabled = false;
 }
 
-// Images are shown with a question; other files are read.
-function bring(files) {
+// What is dropped, pasted or chosen: images are shown with a question, other files are read. These come first: a chat
+// about them is asked without images.
+export const receive = (files) => attempt(async () => {
   const [pictures, others] = images.split(files);
-  if (others.length) view?.bring?.(others);
-  if (!pictures.length) return undefined;
-  return attempt(() => images.attach(pictures, view?.asks === false || view?.from?.()));
-}
+  if (others.length) await view?.bring?.(others);
+  if (pictures.length) await images.attach(pictures, view?.asks === false || view?.from?.());
+});
 
 function grow() {
   const box = $("ask");
@@ -182,8 +182,8 @@ $("new").addEventListener("click", () => setTimeout(() => $("ask").focus()));
 document.querySelector(".skip").addEventListener("click", (event) => (event.preventDefault(), $("ask").focus()));
 document.addEventListener("keydown", keys);
 window.addEventListener("hashchange", show);
-$("attach").addEventListener("click", async () => bring(await choose("images")));
-bringDrops(bring);
+$("attach").addEventListener("click", async () => receive(await choose("images")));
+bringDrops(receive);
 
 let lost;
 api.listen(heard, (open) => {

@@ -222,13 +222,13 @@ export function chatView(id) {
       return "Without a context, a model says what it remembers; that may be wrong.";
     },
     placeholder: () => (chat()?.context ? "Ask about what was read…" : "Ask…"),
-    bring: (files) => attempt(async () => {
+    bring: async (files) => {
       const now = chat();
       if (now.context) return bringTo(now.context, files);
       const made = await startContext(files);
-      await api.patch(`/chats/${id}`, { context: made.id });
-      await bringTo(made.id, files);
-    }),
+      its.chats.set(id, await api.patch(`/chats/${id}`, { context: made.id }));
+      return bringTo(made.id, files);
+    },
   };
 }
 

@@ -1,9 +1,9 @@
 // Contexts: what was read, what is being read, and the first page, where nothing is yet.
 
 import * as api from "/page/api.js";
-import { attempt, context, erase, its, rename } from "/page/app.js";
+import { attempt, context, erase, its, receive, rename } from "/page/app.js";
 import { newChat } from "/page/chat.js";
-import { clock, count, el, fill, plural, say } from "/page/dom.js";
+import { clock, count, el, fail, fill, plural, say } from "/page/dom.js";
 import { choose, nameOf } from "/page/files.js";
 import { openSource } from "/page/source.js";
 
@@ -68,22 +68,22 @@ function meter(tokens) {
     el("p", { title: `${count(its.window)} tokens` }, `${count(tokens)} of ${short} tokens (${share < 0.1 ? share.toPrecision(1) : share.toFixed(1)} %)`));
 }
 
-const buttons = (bring) => el("p", { class: "row" },
-  el("button", { class: "strong", onclick: async () => bring(await choose("folder")) }, "Choose a folder"),
-  el("button", { onclick: async () => bring(await choose("files")) }, "Choose files"));
+const buttons = () => el("p", { class: "row" },
+  el("button", { class: "strong", onclick: async () => receive(await choose("folder")) }, "Choose a folder"),
+  el("button", { onclick: async () => receive(await choose("files")) }, "Choose files"));
 
 export function homeView() {
-  const bring = (files) => attempt(async () => {
-    if (!files.length) return;
+  const bring = async (files) => {
     const made = await startContext(files);
     await newChat(made.id);
     say(`${plural(files.length, "file")} will be read into ${made.name}.`);
     await bringTo(made.id, files);
-  });
+  };
+  const shown = its.images ? " Images are shown with your question." : "";
   const step = (title, text) => el("li", {}, el("h2", {}, title), el("p", {}, text));
   const node = el("section", { class: "home", "aria-label": "Begin" },
     el("h1", {}, "What should be read?"),
-    el("div", { class: "well" }, el("p", {}, "Drop a folder, PDFs or any text files here."), buttons(bring)),
+    el("div", { class: "well" }, el("p", {}, `Drop a folder, PDFs or any text files here.${shown}`), buttons()),
     el("ol", { class: "steps" },
       step("Read once", "Every file is read whole and kept on this machine. What cannot be read is listed, with the reason."),
       step("Ask", "Answers quote what was read. Each names its lines; choose them to see the source."),
@@ -100,7 +100,6 @@ export function contextView(id) {
   const now = () => context(id);
   const head = el("header", { class: "head" }), bar = el("div", {}), body = el("div", {});
   const node = el("section", { class: "context", "aria-label": "Context" }, head, bar, body);
-  const bring = (files) => attempt(async () => void (files.length && await bringTo(id, files)));
   let busy = false, wanted = false;
 
   function top() {
@@ -117,7 +116,7 @@ export function contextView(id) {
   async function load() {
     if (busy) return void (wanted = true);
     busy = true;
-    const whole = await attempt(() => api.get(`/contexts/${id}`));
+    const whole = await api.get(`/contexts/${id}`).catch(fail); // what went wrong before stays said: nobody asked for this
     busy = false;
     if (wanted) return void ((wanted = false), load());
     if (!whole) return;
@@ -134,12 +133,13 @@ export function contextView(id) {
       el("ul", { class: "skipped" }, ...whole.skipped.slice(0, 2000).map((one) => el("li", {}, el("b", {}, one.name), ` – ${one.reason}`)))) : null;
     const cut = whole.files.length > 2000 ? el("p", { class: "note" }, "The first 2,000 are shown; all were read.") : null;
     fill(body, whole.warning ? el("p", { class: "wrong" }, whole.warning) : null, files, cut, skipped,
-      own ? el("div", { class: "well" }, el("p", {}, "Drop more files here. What did not change is not read again."), buttons(bring)) : null);
+      own ? el("div", { class: "well" }, el("p", {}, "Drop more files here. What did not change is not read again."), buttons()) : null);
   }
 
   top();
   return {
-    node, bring, asks: false,
+    node, asks: false,
+    bring: (files) => bringTo(id, files),
     alive: () => its.contexts.has(id),
     title: () => now()?.name || "",
     shown: load,
