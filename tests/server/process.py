@@ -19,6 +19,7 @@ class ServerProcess:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
         arguments = ["serve", model, "--data", data, "--port", port, *more]
         self._command = [sys.executable, "-m", "herd", *map(str, arguments)]
         self.start()

@@ -46,13 +46,13 @@ def png(width: int, height: int, color: str = "teal") -> bytes:
     return file.getvalue()
 
 
-def bring(its: Served, data: bytes, status: int = 201) -> dict[str, str]:
+def bring(its: Served | ServerProcess, data: bytes, status: int = 201) -> dict[str, str]:
     reply = its.http.post("/api/images", files={"file": ("file", data)})
     assert reply.status_code == status, reply.text
     return reply.json() if status == 201 else reply.json()["error"]  # type: ignore[no-any-return]
 
 
-def say(its: Served, chat: str, text: str, *images: str, before: int | None = None) -> str:
+def say(its: Served | ServerProcess, chat: str, text: str, *images: str, before: int | None = None) -> str:
     shown = [{"id": id, "name": "a.png"} for id in images]
     reply = its.http.post(f"/api/chats/{chat}/messages", json={"content": text, "images": shown, "before": before})
     assert reply.status_code == 201, reply.text
@@ -296,6 +296,47 @@ def test_what_is_said_while_a_chat_is_fetched_is_shown(page: Open, server: Serve
     expect(tab.get_by_role("heading", name="As it was")).to_be_visible()
     expect(tab.locator(".user .body")).to_have_text(["Meanwhile"])
     expect(tab.locator(".assistant.done")).to_have_count(1)
+
+
+def test_a_chat_with_images_goes_on_after_a_kill(
+    page: Open,  # noqa: F811
+    server: Served,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It is answered as at a server that never stopped."""
+    its = ServerProcess(folder, tmp_path)
+    try:
+        its.http.put("/api/settings", json={"max_tokens": 12})
+        asked = {one.url: (one, new_chat(one.url)) for one in (server, its)}
+        first = [say(*at, "See", bring(at[0], png(60, 40))["id"]) for at in asked.values()]
+        assert first[0] == first[1]
+        chat = asked[its.url][1]
+        tab = page(f"#/chat/{chat}", its.url)
+        expect(tab.locator(".pictures img")).to_have_count(1)
+        while not remembered(tmp_path):
+            tab.wait_for_timeout(20)
+        its.kill()
+        its.start()
+        tab.reload()
+        tab.wait_for_function("() => document.querySelector('.pictures img')?.naturalWidth === 60")
+        send(tab, "And?")
+        expect(tab.locator(".assistant.done")).to_have_count(2)
+        say(*asked[server.url], "And?")
+        never, again = (messages(url, chat)[-1] for url, (_, chat) in asked.items())
+        assert again["content"] == never["content"]
+        assert again["detail"]["cached_tokens"] == never["detail"]["cached_tokens"] > 0
+    finally:
+        its.kill()
+
+
+def remembered(data: Path) -> int:
+    """Chats whose keys and values are on disk."""
+    db = sqlite3.connect(data / "conversations" / "kv.sqlite")
+    try:
+        return int(db.execute("SELECT count(*) FROM chat").fetchone()[0])
+    finally:
+        db.close()
 
 
 def test_answers_of_the_page_follow_drain(tiny_model: Path, tmp_path: Path) -> None:
