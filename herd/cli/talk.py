@@ -158,7 +158,10 @@ class Talk:
             answer = self.context.ask(line, max_tokens=self._most, quote=self._quote, on_text=out)
             citations = [citation_json(c) for c in answer.citations]
             return {"content": answer.text, "citations": citations, "answer": answer}
-        ids = self.model.tokenizer.chat([_message(turn) for turn in self.turns])
+        turns = [_message(turn) for turn in self.turns]
+        if self.kept is not None and (system := self.kept.library.settings().get("system")):
+            turns.insert(0, {"role": "system", "content": system})
+        ids = self.model.tokenizer.chat(turns)
         if self.kept is not None and self._chat is not None:
             args = (self._chat.id, ids, self._images, self._most, self._sampler, out)
             return {"content": self.kept.generate(*args)}

@@ -43,6 +43,22 @@ def test_a_kept_chat_goes_on_where_it_was(
     assert [(m.role, m.content) for m in library.messages(only.id)] == [(t["role"], t["content"]) for t in expected]
 
 
+def test_instructions_of_the_page_stand_before_kept_chats(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
+    library, system = Library(tmp_path), "Speak of goats."
+    library.set({"system": system})
+    turns = chat(monkeypatch, capsys, ["one", "two"], "--model", tiny_model, "--data", tmp_path)
+    model, said = herd.load(tiny_model), [{"role": "system", "content": system}]
+    for turn in turns:
+        if turn["role"] == "assistant":
+            assert turn["content"] == model.generate(model.tokenizer.chat(said), max_tokens=12).text
+        said.append(turn)
+    assert [m.role for m in library.messages(library.chats()[0].id)] == ["user", "assistant"] * 2
+    assert chat(monkeypatch, capsys, ["one"], "--model", tiny_model)[1] != turns[1], "what is not kept has none"
+    library.close()
+
+
 def test_images_are_attached_kept_and_seen_again(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
