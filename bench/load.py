@@ -2,11 +2,12 @@
 
     python -m bench.load [--only gguf-Q4_0] [--work build/load] [--out bench/results/load.json]
 
-One model of Scout's shape, 2 billion parameters, as a Hugging Face folder, as Meta's two shards, and as GGUF files. A
-process for each imports Herd, sets the kernel's mark of its most memory (VmHWM) back, and loads it as `herd.load` does,
-but for the tokenizer. "peak" is that mark, and "own" the most of it that was of no file, looked at some thousand times
-a second from outside; both are given above what the loaded model takes. Files are mapped: what was read of them counts
-in "peak" for as long as the system does not want it back.
+One model of Scout's shape, 2 billion parameters, as a Hugging Face folder, as Meta's two shards, and as GGUF files, is
+loaded as it is and in four bits. A process for each imports Herd, sets the kernel's mark of its most memory (VmHWM)
+back, and loads it as `herd.load` does, but for the tokenizer. "peak" is that mark, in which pages of mapped files count
+for as long as they are in memory, and "own" the most of it that was of no file, looked at some thousand times a second
+from outside. Both are given above what the loaded model takes, and compared with a layer as it is stored, in bfloat16.
+Seconds depend on what else the machine does; memory does not.
 """
 
 import argparse
@@ -24,45 +25,52 @@ from torch import Tensor
 from bench.checkpoints import MID, write_folder, write_gguf
 from bench.plan import load, status
 from herd import checkpoint, kernels
-from herd.formats import Weights
+from herd.config import TextConfig
+from herd.formats import parse
 from herd.plan.process import process
 
 SHARDS = 2
 SOURCES = ("hf", "meta", "gguf-F16", "gguf-Q8_0", "gguf-Q4_0")
-PARAMS = {  # of MID
-    "dim": 1024,
-    "n_layers": 16,
-    "n_heads": 8,
-    "n_kv_heads": 2,
-    "ffn_exp": 3.375,
-    "attention_chunk_size": MID.attention_chunk_size,
-    "rope_theta": MID.rope_theta,
-    "nope_layer_interval": 4,
-    "use_qk_norm": True,
-    "moe_args": {"num_experts": 16, "interleave_moe_layer_step": 1, "top_k": 1, "auto_scale_F": False},
-}
+FORMATS = ("bf16", "int4")
 
 
-def write(name: str, work: Path) -> Path:
+def params(cfg: TextConfig) -> dict[str, Any]:
+    """A model of experts only, as Meta's params.json has it."""
+    moe = {"num_experts": cfg.num_local_experts, "interleave_moe_layer_step": 1, "top_k": 1, "auto_scale_F": False}
+    return {
+        "dim": cfg.hidden_size,
+        "n_layers": cfg.num_hidden_layers,
+        "n_heads": cfg.num_attention_heads,
+        "n_kv_heads": cfg.num_key_value_heads,
+        "ffn_exp": 1.5 * cfg.intermediate_size / cfg.hidden_size,
+        "attention_chunk_size": cfg.attention_chunk_size,
+        "rope_theta": cfg.rope_theta,
+        "nope_layer_interval": 4,
+        "use_qk_norm": True,
+        "moe_args": moe,
+    }
+
+
+def write(name: str, work: Path, cfg: TextConfig = MID) -> Path:
     """The model as one kind of source."""
-    folder = write_folder(MID, work / "hf", dtype=torch.bfloat16)
+    folder = write_folder(cfg, work / "hf", dtype=torch.bfloat16)
     if name == "meta":
-        return write_meta(folder, work / "meta")
+        return write_meta(folder, work / "meta", cfg)
     return folder if name == "hf" else write_gguf(folder, work / f"{name}.gguf", name.removeprefix("gguf-"))
 
 
-def write_meta(folder: Path, out: Path) -> Path:
+def write_meta(folder: Path, out: Path, cfg: TextConfig) -> Path:
     """As Meta has it (spec of the layout: `herd.checkpoint.meta`)."""
     if not (out / "params.json").exists():
         out.mkdir(exist_ok=True)
         with checkpoint.open_weights(folder) as weights:
             for rank in range(SHARDS):
-                torch.save(_shard(weights, rank), out / f"consolidated.{rank:02}.pth")
-        (out / "params.json").write_text(json.dumps(PARAMS))
+                torch.save(_shard(weights, cfg.num_hidden_layers, rank), out / f"consolidated.{rank:02}.pth")
+        (out / "params.json").write_text(json.dumps(params(cfg)))
     return out
 
 
-def _shard(weights: checkpoint.Weights, rank: int) -> dict[str, Tensor]:
+def _shard(weights: checkpoint.Weights, layers: int, rank: int) -> dict[str, Tensor]:
     def cut(name: str, dim: int) -> Tensor:
         return weights.tensor(name).chunk(SHARDS, dim)[rank].clone()
 
@@ -71,7 +79,7 @@ def _shard(weights: checkpoint.Weights, rank: int) -> dict[str, Tensor]:
         "output.weight": cut("lm_head.weight", 0),
         "norm.weight": weights.tensor("model.norm.weight"),
     }
-    for layer in range(MID.num_hidden_layers):
+    for layer in range(layers):
         a, b = f"model.layers.{layer}.", f"layers.{layer}."
         attn, mlp = f"{a}self_attn.", f"{a}feed_forward."
         gate, up = weights.tensor(f"{mlp}experts.gate_up_proj").chunk(2, -1)
@@ -91,31 +99,32 @@ def _shard(weights: checkpoint.Weights, rank: int) -> dict[str, Tensor]:
     return shard
 
 
-def child(path: Path) -> None:
+def child(path: Path, formats: str) -> None:
     """Load in the process that this runs in; what it takes is said before and behind."""
     torch.ones(8, 8) @ torch.ones(8, 8)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is there now
     before = status()
     print("ready", flush=True)
-    model = load(path, Weights())
+    model = load(path, parse(formats))
     after = status()
     print(json.dumps({"before": before, "peak": after["VmHWM"], "layers": len(model.packed.layers)}), flush=True)  # type: ignore[union-attr]
 
 
-def measure(name: str, work: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.load", "--child", str(write(name, work))]
+def measure(name: str, formats: str, work: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.load", "--child", str(write(name, work)), "--formats", formats]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process_:
         assert process_.stdout is not None and process_.stdout.readline() == "ready\n"
         began, own = time.perf_counter(), 0
         while process_.poll() is None:
             own = max(own, _own(process_.pid))
             time.sleep(0.0005)
-        found: dict[str, Any] = json.loads(process_.stdout.read())
-    before, model = found["before"], loaded()
+        seconds, found = time.perf_counter() - began, json.loads(process_.stdout.read())
+    before, model = found["before"], loaded(formats)
+    above = {"peak": found["peak"] - before["VmRSS"] - model, "own": own - before["RssAnon"] - model}
     return {
-        "peak": round((found["peak"] - before["VmRSS"] - model) / 2**20, 1),
-        "own": round((own - before["RssAnon"] - model) / 2**20, 1),
-        "seconds": round(time.perf_counter() - began, 1),
+        **{name: round(size / 2**20, 1) for name, size in above.items()},
+        **{f"{name}_within_a_layer": size <= layer() for name, size in above.items()},
+        "seconds": round(seconds, 1),
     }
 
 
@@ -127,9 +136,9 @@ def _own(pid: int) -> int:
     return int(text.split("RssAnon:")[1].split()[0]) * 1024 if "RssAnon:" in text else 0
 
 
-def loaded() -> int:
+def loaded(formats: str) -> int:
     """Bytes of the model: packed weights, and the embedding as it is stored."""
-    need = process(MID, Weights(), 1)
+    need = process(MID, parse(formats), 1)
     return need.weights + need.scales + need.norms_and_routers + 2 * MID.vocab_size * MID.hidden_size
 
 
@@ -143,20 +152,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SOURCES)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--formats", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("bench/results/load.json"))
     parser.add_argument("--work", type=Path, default=Path("build/load"), help="keeps the checkpoints, 12 GB")
     args = parser.parse_args()
     if args.child:
-        child(args.child)
+        child(args.child, args.formats)
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results = dict[str, dict[str, Any]]()
     for name in [args.only] if args.only else SOURCES:
-        results[name] = one = measure(name, args.work)
-        print(f"{name:10} peak {one['peak']:+8,.1f} MiB, own {one['own']:+8,.1f}, {one['seconds']} s", flush=True)
+        for formats in FORMATS:
+            results.setdefault(name, {})[formats] = one = measure(name, formats, args.work)
+            print(f"{name:10} {formats}: peak {one['peak']:+8,.1f} MiB, own {one['own']:+8,.1f}", flush=True)
     if not args.only:
         about = {"torch": torch.__version__, "kernels": kernels.implementation(), "system": platform.platform()}
-        sizes = {"model_mib": round(loaded() / 2**20, 1), "layer_mib": round(layer() / 2**20, 1)}
+        models = {formats: round(loaded(formats) / 2**20, 1) for formats in FORMATS}
+        sizes = {"model_mib": models, "layer_mib": round(layer() / 2**20, 1)}
         result = {"command": "python -m bench.load", **about, **sizes, "above_the_model_mib": results}
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -23,7 +23,7 @@ from herd import checkpoint, kernels
 from herd.engine import generate
 from herd.formats import Weights, parse
 from herd.model import Transformer
-from herd.model.quantized import pack_halves, quantize
+from herd.model.quantized import Fill, pack_halves, quantize
 from herd.plan.process import Process, process
 
 ANSWER = 8  # tokens
@@ -70,12 +70,14 @@ def write(shape: str, work: Path) -> None:
 
 def load(folder: Path, weights: Weights) -> Transformer:
     """As `herd.load` does."""
-    model = checkpoint.load(folder, torch.bfloat16)
-    if weights == Weights():
-        pack_halves(model)
-    else:
-        quantize(model, weights)
-    return model
+
+    def change(model: Transformer, fill: Fill) -> None:
+        if weights == Weights():
+            pack_halves(model, fill)
+        else:
+            quantize(model, weights, fill)
+
+    return checkpoint.load(folder, torch.bfloat16, change=change)
 
 
 def run(shape: str, work: Path, weights: Weights, context: int) -> Transformer:

@@ -31,7 +31,7 @@ from herd.formats import BF16, Weights
 from herd.model import Transformer
 from herd.model.calibrate import calibrate
 from herd.model.fusion import find
-from herd.model.quantized import pack_halves, quantize
+from herd.model.quantized import Fill, pack_halves, quantize
 from herd.model.vision import Vision
 from herd.prompt import StopText, Tokenizer
 from herd.prompt.ask import ask_prompt
@@ -156,12 +156,19 @@ def load(
         raise ConfigError(f"memory can be bounded for packed folders, which `herd convert` writes; {folder} is none")
     if dtype is None and weights is not None and BF16 in weights.formats.values():
         dtype = torch.bfloat16
-    transformer = checkpoint.load(folder, dtype)
+
+    def change(transformer: Transformer, fill: Fill) -> None:
+        if weights is not None and calibration is None:
+            quantize(transformer, weights, fill)
+        elif weights is None and transformer.memory_dtype == torch.bfloat16:
+            pack_halves(transformer, fill)
+
+    transformer = checkpoint.load(folder, dtype, change=change)
     identity = checkpoint.fingerprint(folder)
     if weights is not None:
-        identity = hashlib.sha256(f"{identity} {_rounded(transformer, weights, calibration)}".encode()).hexdigest()
-    elif transformer.memory_dtype == torch.bfloat16:
-        pack_halves(transformer)
+        identity = hashlib.sha256(f"{identity} {_told(weights, calibration)}".encode()).hexdigest()
+        if calibration is not None:
+            calibrate(transformer, calibration, weights)
     tokenizer, vision = load_tokenizer(folder), checkpoint.load_vision(folder, dtype)
     return Model(str(path_or_name), folder, transformer.config, tokenizer, transformer, identity, vision)
 
@@ -176,16 +183,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.load(folder)
 
 
-def _rounded(transformer: Transformer, weights: Weights, calibration: Tensor | None) -> str:
-    """Round weights to their formats, in place; what a fingerprint says of that."""
+def _told(weights: Weights, calibration: Tensor | None) -> str:
+    """What a fingerprint says of weights that were rounded."""
     # A format of all parts in steps is told as it was before parts could be chosen: contexts are bound to it.
     form = weights.uniform
     told = str((form.bits, form.group)) if form is not None and form.whole else str(weights)
-    if calibration is None:
-        quantize(transformer, weights)
-        return told
-    calibrate(transformer, calibration, weights)
-    return f"{told} {calibration.tolist()}"
+    return told if calibration is None else f"{told} {calibration.tolist()}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from herd.errors import CheckpointError
+from herd.kernels.heap import forget
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,6 +141,12 @@ class WeightFiles:
         except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"cannot read {name} of {self.folder / self._file_of[name]}: {error}") from error
         return tensor
+
+    def forget(self, name: str) -> None:
+        """Give the pages of a tensor back that were read of its file."""
+        first, again = self.tensor(name), self.tensor(name)
+        if first.data_ptr() == again.data_ptr():  # else the library does not map files, but copies
+            forget(first)
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:

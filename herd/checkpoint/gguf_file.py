@@ -99,6 +99,12 @@ class GgufFile:
         header.forget(info.offset + first * row_bytes, count * row_bytes)
         return out
 
+    def forget(self, *names: str) -> None:
+        """Give the pages of tensors back that were read of the file."""
+        for name in names:
+            header, info = self._find(name)
+            header.forget(info.offset, info.nbytes)
+
     def _find(self, name: str) -> tuple[Header, TensorInfo]:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")

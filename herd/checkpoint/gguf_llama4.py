@@ -73,7 +73,8 @@ def _ours(file: GgufFile, name: str) -> str:
 
 
 def _plain(file: GgufFile, name: str) -> Stored:
-    return Stored(file.shape(name), file.dtype(name), file.kind(name), file.nbytes(name), partial(file.values, name))
+    about = (file.shape(name), file.dtype(name), file.kind(name), file.nbytes(name))
+    return Stored(*about, partial(file.values, name), partial(file.forget, name))
 
 
 def _experts(file: GgufFile, *names: str) -> Stored:
@@ -93,4 +94,6 @@ def _experts(file: GgufFile, *names: str) -> Stored:
     types, kinds = {file.dtype(name) for name in names}, {file.kind(name) for name in names}
     dtype = types.pop() if len(types) == 1 else torch.float32
     size = sum(map(file.nbytes, names))
-    return Stored((E, inputs, len(names) * out), dtype, " and ".join(sorted(kinds)), size, read)
+    return Stored(
+        (E, inputs, len(names) * out), dtype, " and ".join(sorted(kinds)), size, read, partial(file.forget, *names)
+    )

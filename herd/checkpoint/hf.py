@@ -123,7 +123,7 @@ def _in_order(files: WeightFiles, prefix: str, names: dict[int, str]) -> list[st
 def _single(files: WeightFiles, name: str) -> Stored:
     shape, kind = files.shape(name), files.kind(name)
     size = prod(shape) * (1 if kind == _FP8 else 4 if kind == "F32" else 2)
-    return Stored(shape, _value_type(files, name), kind, size, _reader(files, name))
+    return Stored(shape, _value_type(files, name), kind, size, _reader(files, name), partial(files.forget, name))
 
 
 def _together(files: WeightFiles, name: str, experts: list[tuple[str, ...]]) -> Stored:
@@ -143,8 +143,13 @@ def _together(files: WeightFiles, name: str, experts: list[tuple[str, ...]]) -> 
                 place.copy_(_reader(files, part)(dtype).T)
         return out
 
+    def forget() -> None:
+        for parts in experts:
+            for part in parts:
+                files.forget(part)
+
     size = sum(_single(files, part).nbytes for parts in experts for part in parts)
-    return Stored(shape, types.pop(), " and ".join(sorted(kinds)), size, read)
+    return Stored(shape, types.pop(), " and ".join(sorted(kinds)), size, read, forget)
 
 
 def _value_type(files: WeightFiles, name: str) -> torch.dtype:

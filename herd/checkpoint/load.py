@@ -1,5 +1,6 @@
 """Checkpoints of every format: opening, configuration, and loading of the text model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError
 from herd.kernels.heap import give_back
 from herd.model import Transformer
+from herd.model.quantized import Fill
 from herd.model.vision import Vision
 
 
@@ -44,26 +46,54 @@ def read_config(path: str | Path) -> TextConfig:
         return weights.text
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bool = False) -> Transformer:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = False,
+    change: Callable[[Transformer, Fill], None] | None = None,
+) -> Transformer:
     """The text model of a checkpoint, in eval mode.
 
     path: see `open_weights`. dtype: of the weights; None: that of most of them, which is bfloat16 for those that are
     stored in 8 bits or less. Of a multimodal model this is a part; see `load_vision`.
     check_finite: also read every value and refuse infinities and NaN.
+    change: such as `herd.model.quantized.quantize`, is given the model when only embedding and last norm have values,
+    and what fills its other modules, so that no more than one of them is in memory as it was. It may leave some empty.
     Weights are read one by one, and memory-mapped where type and layout are kept: a loaded model's files must not be
     changed in place (`save` replaces them whole). CheckpointError names the first tensor that does not fit.
     """
     with open_weights(path) as weights:
         model = empty_transformer(weights.text)
-        dtype = dtype or weights.dtype
-        for name in dict(model.named_parameters()):  # a tied head comes once, as the embedding
-            value = weights.finite(name, dtype) if check_finite else weights.tensor(name, dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
-            give_back()
+        fill = Filling(weights, dtype or weights.dtype, check_finite=check_finite)
+        fill(model.model.embed_tokens, "model.embed_tokens.")
+        fill(model.model.norm, "model.norm.")
         if weights.text.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
+        if change is not None:
+            change(model, fill)
+        fill(model, "")
     return model.eval()
+
+
+class Filling:
+    """Gives modules the values of a checkpoint, and the pages of its files back that the last one was filled from."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype | None = None, *, check_finite: bool = False) -> None:
+        """dtype: of the values; None: as stored."""
+        self._weights, self._dtype, self._filled = weights, dtype, list[str]()
+        self._read = weights.finite if check_finite else weights.tensor
+
+    def __call__(self, module: nn.Module, prefix: str) -> None:
+        """Fill those parameters that are on the meta device. prefix: what stands before their names."""
+        for name in self._filled:
+            self._weights.forget(name)
+        self._filled = [f"{prefix}{name}" for name, parameter in module.named_parameters() if parameter.is_meta]
+        for name in self._filled:
+            parent, _, leaf = name.removeprefix(prefix).rpartition(".")
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(self._read(name, self._dtype)))
+            self._weights.forget(name)
+            give_back()
 
 
 def empty_transformer(cfg: TextConfig) -> Transformer:
@@ -131,4 +161,6 @@ def _drop_tied_head(weights: Weights) -> None:
         weights.tensor(head), weights.tensor(embedding)
     ):
         raise CheckpointError(f"{weights.path} ties the head to the embedding, but stores a different {head}")
+    for name in (head, embedding):
+        weights.forget(name)
     weights.drop(head)

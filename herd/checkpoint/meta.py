@@ -19,6 +19,7 @@ from herd.checkpoint.pickled import read_pickled
 from herd.checkpoint.weights import Stored, Weights
 from herd.config import TextConfig
 from herd.errors import CheckpointError
+from herd.kernels.heap import forget
 
 _SHARDS = "consolidated.*.pth"
 _DROPPED = re.compile(
@@ -214,7 +215,8 @@ class _Merge:
         dtype = parts[0].dtype
         size = prod(shape) * dtype.itemsize
         kind = str(dtype).removeprefix("torch.")
-        self.stored[name] = Stored(tuple(shape), dtype, kind, size, _reader(parts, dim, tuple(shape)))
+        read = _reader(parts, dim, tuple(shape))
+        self.stored[name] = Stored(tuple(shape), dtype, kind, size, read, partial(_forget, parts))
 
 
 def _reader(parts: Pieces, dim: int | None, shape: tuple[int, ...]) -> Callable[[torch.dtype], Tensor]:
@@ -228,3 +230,8 @@ def _reader(parts: Pieces, dim: int | None, shape: tuple[int, ...]) -> Callable[
         return out
 
     return read
+
+
+def _forget(parts: Pieces) -> None:
+    for part in parts:
+        forget(part)

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from herd.checkpoint.load import empty_vision, open_weights
+from herd.checkpoint.load import Filling, empty_vision, open_weights
 from herd.model.vision import Vision
 
 
@@ -18,8 +17,5 @@ def load_vision(path: str | Path, dtype: torch.dtype | None = None) -> Vision | 
         if weights.vision is None:
             return None
         vision = empty_vision(weights.vision, weights.text.hidden_size)
-        for name in dict(vision.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            value = weights.tensor(name, dtype or weights.dtype)
-            setattr(vision.get_submodule(parent), leaf, nn.Parameter(value))
+        Filling(weights, dtype or weights.dtype)(vision, "")
     return vision.eval()

@@ -17,7 +17,8 @@ class Stored:
     """One tensor in the files.
 
     dtype: the type its values come in. kind, nbytes: how they are kept in the files, and how many bytes that takes.
-    read: gives it in a type, memory-mapped where that is the type and layout of the file.
+    read: gives it in a type, memory-mapped where that is the type and layout of the file. forget: gives those pages of
+    the files back that hold it and were read; they are read again when they are wanted.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class Stored:
     kind: str
     nbytes: int
     read: Callable[[torch.dtype], Tensor]
+    forget: Callable[[], None]
 
 
 class Weights:
@@ -82,6 +84,10 @@ class Weights:
         if not all_finite(value):
             raise CheckpointError(f"{name} in {self.path} holds values that are not finite numbers in {value.dtype}")
         return value
+
+    def forget(self, name: str) -> None:
+        """Let the files' pages of a tensor go, which was read and is not needed soon. What was read stays as it is."""
+        self.stored(name).forget()
 
     def drop(self, name: str) -> None:
         """Leave a tensor out."""

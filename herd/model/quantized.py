@@ -25,6 +25,11 @@ from herd.model.packed import Packed
 from herd.model.transformer import Block, Transformer
 
 Rows = Tensor | PlainWeight  # [out, in]
+Fill = Callable[[nn.Module, str], None]  # gives a module its values, by what stands before the names of its weights
+
+
+def _filled(module: nn.Module, prefix: str) -> None:
+    """`Fill` of models that have all values."""
 
 
 class QuantizedLinear(nn.Module):
@@ -52,18 +57,19 @@ class QuantizedExperts(nn.Module):
         return out_ND
 
 
-def quantize(transformer: Transformer, weights: Weights) -> None:
+def quantize(transformer: Transformer, weights: Weights, fill: Fill = _filled) -> None:
     """Round the weights of each part to its format, in place. Embeddings, norms and routers stay as they are, and so
     does what is quantised already.
 
-    Where the native library can, it runs the layers from then on (`Packed`). ConfigError if a part has sizes that its
-    format cannot have.
+    Where the native library can, it runs the layers from then on (`Packed`). fill: is asked for the values of each
+    layer when its turn comes, and then of the head. ConfigError if a part has sizes that its format cannot have.
     """
     check(transformer, weights)
     if runs_layers(transformer.model.embed_tokens.weight, transformer.config.head_dim):
-        pack(transformer, weights)
+        pack(transformer, weights, fill)
         return
-    for block in transformer.blocks:
+    for at, block in enumerate(transformer.blocks):
+        fill(block, f"model.layers.{at}.")
         attn, ff = block.self_attn, block.feed_forward
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(attn, name, _rounded(getattr(attn, name), weights.attention_of(attn.local)))
@@ -75,6 +81,7 @@ def quantize(transformer: Transformer, weights: Weights) -> None:
             pair = (ff.experts.gate_up_proj.detach(), ff.experts.down_proj.detach())
             gate_up, down = ([pack_weight(w.T, weights.experts) for w in part] for part in pair)
             ff.experts = QuantizedExperts(gate_up, down)  # type: ignore[assignment]
+    fill(transformer.lm_head, "lm_head.")
     transformer.lm_head = _rounded(transformer.lm_head, weights.head)  # type: ignore[assignment]
 
 
@@ -90,21 +97,23 @@ def check(transformer: Transformer, weights: Weights) -> None:
             raise ConfigError(f"{name} has {K} inputs; beside other formats, bf16 needs a multiple of 2")
 
 
-def pack_halves(transformer: Transformer) -> None:
-    """Let the native library run a model in bfloat16, where it can."""
+def pack_halves(transformer: Transformer, fill: Fill = _filled) -> None:
+    """Let the native library run a model in bfloat16, where it can. fill: as of `quantize`."""
     if runs_layers(transformer.model.embed_tokens.weight, transformer.config.head_dim) and not any(
         K % 2 for _, _, _, K in _sizes(transformer, Weights())
     ):
-        pack(transformer, Weights())
+        pack(transformer, Weights(), fill)
 
 
-def pack(transformer: Transformer, weights: Weights) -> None:
+def pack(transformer: Transformer, weights: Weights, fill: Fill = _filled) -> None:
     """Let the native library run a transformer, whose layers and head are given up for that, one after the other."""
     blocks, packed = transformer.blocks, list[Layer]()
     transformer.model.layers = nn.ModuleList()  # type: ignore[assignment]
     while blocks:
+        fill(blocks[0], f"model.layers.{len(packed)}.")
         packed.append(pack_block(blocks.pop(0), weights))
         give_back()
+    fill(transformer.lm_head, "lm_head.")
     head = pack_rows(_rows(transformer.lm_head), weights.head)
     transformer.packed = Packed(transformer.config, packed, transformer.model.norm.weight.detach().float(), head)
     del transformer.lm_head
