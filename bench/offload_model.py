@@ -8,8 +8,10 @@ Shape suffixes: P panels of 32 outputs, N outputs, K inputs, G groups of inputs,
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -21,7 +23,8 @@ from gguf import GGMLQuantizationType
 from bench.checkpoints import SMALL, write_byte_tokenizer
 from herd.checkpoint.files import companions
 from herd.checkpoint.gguf_vocabulary import add_vocabulary
-from herd.checkpoint.packed import Contents, write_packed
+from herd.checkpoint.packed import EMBEDDING, NORM, Contents, write_packed
+from herd.checkpoint.streaming import job
 from herd.checkpoint.write_gguf import add_info, add_settings
 from herd.config import TextConfig
 from herd.formats import parse
@@ -143,13 +146,16 @@ def write(cfg: TextConfig, folder: Path, gguf_path: Path) -> None:
         file.add("output_norm", norm)
         file.add("output", head.q4_0())
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
-        layers = (_layer(cfg, rng, at, file) for at in range(cfg.num_hidden_layers))
-        formats, norm_D = parse(f"int4:{GROUP}"), torch.from_numpy(norm)
-        write_packed(Contents(cfg, formats, embedding, norm_D, head.packed, layers, files), folder, progress=_say)
+        plain = {EMBEDDING: embedding, NORM: torch.from_numpy(norm)}
+        types = {name: (x.dtype, x.shape) for name, x in plain.items()}
+        layer, formats = partial(_layer, cfg, rng, file), parse(f"int4:{GROUP}")
+        contents = Contents(cfg, formats, layer, head.packed, types, plain.__getitem__, files)
+        with job(folder, {"begun": time.time_ns()}) as made:  # numbers follow each other: it always begins anew
+            write_packed(contents, made, _say)
         file.finish()
 
 
-def _layer(cfg: TextConfig, rng: np.random.Generator, at: int, file: Gguf) -> Layer:
+def _layer(cfg: TextConfig, rng: np.random.Generator, file: Gguf, at: int) -> Layer:
     D, F, E = cfg.hidden_size, cfg.intermediate_size, cfg.num_local_experts
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     norms = (_norm(rng, D), _norm(rng, D))
@@ -184,4 +190,4 @@ def _norm(rng: np.random.Generator, D: int) -> npt.NDArray[np.float32]:
 
 
 def _say(done: int, total: int) -> None:
-    print(f"\rwriting {done}/{total}", end="\n" if done == total else "", flush=True)
+    print(f"\rwriting {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="\n" if done == total else "", flush=True)

@@ -5,7 +5,6 @@ from herd.checkpoint.fingerprint import fingerprint
 from herd.checkpoint.hf import save
 from herd.checkpoint.load import load, open_weights, read_config
 from herd.checkpoint.packed import is_packed, load_packed, load_packed_vision
-from herd.checkpoint.packing import save_packed
 from herd.checkpoint.upcycle import upcycle
 from herd.checkpoint.vision import load_vision
 from herd.checkpoint.weights import Weights
@@ -22,6 +21,5 @@ __all__ = [
     "open_weights",
     "read_config",
     "save",
-    "save_packed",
     "upcycle",
 ]

@@ -10,8 +10,9 @@ Shape suffixes: as in herd/kernels/layers.py.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from herd import kernels
-from herd.checkpoint.files import INDEX, WeightFiles, new_folder, read_json, write_json
+from herd.checkpoint.files import INDEX, WeightFiles, read_json, write_json
 from herd.checkpoint.load import empty_transformer, empty_vision
 from herd.checkpoint.room import available_memory
 from herd.checkpoint.shapes import VISION_PREFIXES, vision_shapes
+from herd.checkpoint.streaming import Job, Layout, Piece, Progress
 from herd.config import TextConfig, VisionConfig
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Format, parse
@@ -41,8 +43,8 @@ _KEY, _VERSION = "packed", 1
 _BESIDE = 256 << 20  # bytes of libraries, which count as free when they are only cached, but are not
 EMBEDDING, NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
 _TYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SIZES = {"U8": 1, "F32": 4, "BF16": 2, "F16": 2}  # bytes of a number
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # type and shape of a tensor; an empty type is any
-OnProgress = Callable[[int, int], None]
 
 
 def is_packed(folder: Path) -> bool:
@@ -52,42 +54,66 @@ def is_packed(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a packed folder is made of. formats: those that the weights have. norm_D: float32. layers: one at a time;
-    head: asked for behind them.
+    """What a packed folder is made of. formats: those that the weights have. layer: gives one of the layers, which are
+    asked for in order; head: asked for behind them.
 
-    images: encoder and projector by their names in Hugging Face folders, as they are. files: others by name, such as
-    the tokenizer's.
+    plain: type and shape of what stays as it is: the embedding, the last norm (float32), and the image encoder by its
+    names in Hugging Face folders; read: gives one of them. files: others by name, such as the tokenizer's.
     """
 
     config: TextConfig
     formats: Formats
-    embedding_VD: Tensor
-    norm_D: Tensor
+    layer: Callable[[int], Layer]
     head: Callable[[], PackedWeight]
-    layers: Iterable[Layer]
+    plain: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    read: Callable[[str], Tensor]
     files: Mapping[str, bytes]
     vision: VisionConfig | None = None
-    images: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def write_packed(contents: Contents, out: Path, *, progress: OnProgress | None = None) -> None:
-    """Write weights that are packed, such as those of a calibrated model. Errors and progress as for `save_packed`."""
+def write_packed(contents: Contents, job: Job, progress: Progress | None = None) -> None:
+    """Write all files of the folder; those that an earlier run of the job has finished are not made again."""
     cfg, vision = contents.config, contents.vision
     forms, packed = _Forms.of(cfg, contents.formats), contents.formats.formats
-    with new_folder(out) as folder:
-        count = cfg.num_hidden_layers + 1 + (vision is not None)
-        writer = _Writer(folder, count, progress or (lambda done, total: None))
-        for at, layer in enumerate(contents.layers):
-            writer.add(_tensors(cfg, forms, at, layer))
-        writer.add({_HEAD: _bytes(contents.head()), EMBEDDING: contents.embedding_VD, NORM: contents.norm_D})
-        if vision is not None:
-            writer.add(contents.images)
-        writer.finish()
-        raw = cfg.to_hf() if vision is None else vision.to_hf(cfg)
-        said = {"version": _VERSION, **{part: str(form) for part, form in packed.items()}}
-        write_json(folder / "config.json", {**raw, _KEY: said})
-        for name, content in contents.files.items():
-            (folder / name).write_bytes(content)
+    plain = {name: (_TYPES[dtype], tuple(shape)) for name, (dtype, shape) in contents.plain.items()}
+
+    def layer(at: int) -> Iterator[Tensor]:
+        values = _values(cfg, at, contents.layer(at))
+        for name, (_, shape) in _layer_shapes(cfg, forms, at).items():
+            value = values[name]
+            yield value if isinstance(value, Tensor) else _bytes(value, prod(shape))
+
+    def others(names: Iterable[str]) -> Iterator[Tensor]:
+        for name in names:
+            yield _bytes((contents.head(),), forms.head.nbytes) if name == _HEAD else contents.read(name)
+
+    files = [(_layer_shapes(cfg, forms, at), partial(layer, at)) for at in range(cfg.num_hidden_layers)]
+    top = {_HEAD: ("U8", (forms.head.nbytes,)), EMBEDDING: plain.pop(EMBEDDING), NORM: plain.pop(NORM)}
+    files += [(shapes, partial(others, shapes)) for shapes in (top, plain) if shapes]
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    layouts = [_layout(name, shapes, make) for name, (shapes, make) in zip(names, files, strict=True)]
+    job.write(layouts, progress)
+    weight_map = {tensor: name for name, (shapes, _) in zip(names, files, strict=True) for tensor in shapes}
+    metadata = {"total_size": sum(piece.size for layout in layouts for piece in layout.pieces)}
+    write_json(job.result / INDEX, {"metadata": metadata, "weight_map": weight_map})
+    raw = cfg.to_hf() if vision is None else vision.to_hf(cfg)
+    said = {"version": _VERSION, **{part: str(form) for part, form in packed.items()}}
+    write_json(job.result / "config.json", {**raw, _KEY: said})
+    for name, content in contents.files.items():
+        (job.result / name).write_bytes(content)
+
+
+def _layout(name: str, shapes: Shapes, make: Callable[[], Iterable[Tensor]]) -> Layout:
+    """A safetensors file whose tensors stand in the order given, from a whole page on. It is one piece: a layer is
+    calibrated as a whole."""
+    header, at = dict[str, Any](), 0
+    for tensor, (kind, shape) in shapes.items():
+        end = at + _SIZES[kind] * prod(shape)
+        header[tensor] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    return Layout(name, len(text).to_bytes(8, "little") + text, [Piece(at, make)])
 
 
 @dataclass(frozen=True)
@@ -156,55 +182,22 @@ def _expert(at: int, expert: int) -> str:
     return f"model.layers.{at}.feed_forward.experts.{expert}"
 
 
-def _tensors(cfg: TextConfig, forms: _Forms, at: int, layer: Layer) -> dict[str, Tensor]:
-    """Those of a layer's file: experts first, and last what may end within a line of the cache."""
-    names, size = _names(cfg, at), forms.expert.nbytes
-    tensors = {_expert(at, e): _bytes(mlp.gate_up, mlp.down, size=size) for e, mlp in enumerate(layer.experts)}
+def _values(cfg: TextConfig, at: int, layer: Layer) -> dict[str, Tensor | tuple[PackedWeight, ...]]:
+    """What stands in a layer's file, by name."""
+    names, values = _names(cfg, at), dict[str, Tensor | tuple[PackedWeight, ...]]()
+    values |= {_expert(at, e): (mlp.gate_up, mlp.down) for e, mlp in enumerate(layer.experts)}
     weights = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.shared.gate_up, "down": layer.shared.down}
-    tensors |= {names[key]: _bytes(weight) for key, weight in weights.items()}
+    values |= {names[key]: (weight,) for key, weight in weights.items()}
     if layer.router_ED is not None:
-        tensors[names["router"]] = layer.router_ED
-    tensors |= {names["attention_norm"]: layer.attention_norm_D, names["mlp_norm"]: layer.mlp_norm_D}
-    return tensors
+        values[names["router"]] = layer.router_ED
+    return values | {names["attention_norm"]: layer.attention_norm_D, names["mlp_norm"]: layer.mlp_norm_D}
 
 
-def _bytes(*weights: PackedWeight, size: int = 0) -> Tensor:
+def _bytes(weights: Iterable[PackedWeight], size: int) -> Tensor:
     """Codes and scales of weights, one after the other, filled up to a size."""
-    parts = [part for weight in weights for part in (weight.packed, weight.scale.reshape(-1).view(torch.uint8))]
-    joined = torch.cat(parts)
-    return nn.functional.pad(joined, (0, size - len(joined))) if size else joined
-
-
-class _Writer:
-    """Safetensors files whose tensors stand in the order given, from a whole page on."""
-
-    def __init__(self, folder: Path, files: int, progress: Callable[[int, int], None]) -> None:
-        self._folder, self._files, self._progress = folder, files, progress
-        self._weight_map: dict[str, str] = {}
-        self._written = self._bytes = 0
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """The next file."""
-        self._written += 1
-        file = f"model-{self._written:05}-of-{self._files:05}.safetensors"
-        header, at = dict[str, Any](), 0
-        for name, tensor in tensors.items():
-            end = at + tensor.nbytes
-            header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % PAGE)
-        with (self._folder / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._weight_map |= dict.fromkeys(tensors, file)
-        self._bytes += at
-        self._progress(self._written, self._files)
-
-    def finish(self) -> None:
-        """Write the index."""
-        write_json(self._folder / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map})
+    joined = torch.cat([part.reshape(-1).view(torch.uint8) for w in weights for part in (w.packed, w.scale)])
+    assert len(joined) <= size, (len(joined), size)
+    return nn.functional.pad(joined, (0, size - len(joined)))
 
 
 def load_packed(folder: Path, memory: int | None = None) -> Transformer:
@@ -261,21 +254,26 @@ def load_packed_vision(folder: Path) -> Vision | None:
 
 def _shapes(cfg: TextConfig, forms: _Forms) -> Shapes:
     """Of every tensor."""
-    D, E = cfg.hidden_size, cfg.num_local_experts
     shapes: Shapes = {
-        EMBEDDING: ("", (cfg.vocab_size, D)),
-        NORM: ("F32", (D,)),
+        EMBEDDING: ("", (cfg.vocab_size, cfg.hidden_size)),
+        NORM: ("F32", (cfg.hidden_size,)),
         _HEAD: ("U8", (forms.head.nbytes,)),
     }
     for at in range(cfg.num_hidden_layers):
-        names, (qkv, out), mlp = _names(cfg, at), forms.attention(cfg, at), forms.mlp(cfg, at)
-        packed = {"qkv": qkv, "out": out, "gate_up": mlp.gate_up, "down": mlp.down}
-        shapes |= {names[key]: ("U8", (form.nbytes,)) for key, form in packed.items()}
-        shapes |= {names[key]: ("F32", (D,)) for key in ("attention_norm", "mlp_norm")}
-        if cfg.is_moe(at):
-            shapes[names["router"]] = ("F32", (E, D))
-            shapes |= {_expert(at, e): ("U8", (forms.expert.nbytes,)) for e in range(E)}
+        shapes |= _layer_shapes(cfg, forms, at)
     return shapes
+
+
+def _layer_shapes(cfg: TextConfig, forms: _Forms, at: int) -> Shapes:
+    """As they stand in a layer's file: experts first, and last what may end within a line of the cache."""
+    names, (qkv, out), mlp, D = _names(cfg, at), forms.attention(cfg, at), forms.mlp(cfg, at), cfg.hidden_size
+    packed = {"qkv": qkv, "out": out, "gate_up": mlp.gate_up, "down": mlp.down}
+    experts = cfg.num_local_experts if cfg.is_moe(at) else 0
+    shapes: Shapes = {_expert(at, e): ("U8", (forms.expert.nbytes,)) for e in range(experts)}
+    shapes |= {names[key]: ("U8", (form.nbytes,)) for key, form in packed.items()}
+    if experts:
+        shapes[names["router"]] = ("F32", (experts, D))
+    return shapes | {names[key]: ("F32", (D,)) for key in ("attention_norm", "mlp_norm")}
 
 
 def _check(files: WeightFiles, shapes: Shapes, *, images: bool) -> None:

@@ -1,74 +1,89 @@
 """Checkpoints of any format as packed folders, rounded or calibrated on the way, one layer in memory at a time."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from herd.checkpoint.load import empty_transformer
-from herd.checkpoint.packed import EMBEDDING, NORM, Contents, OnProgress, write_packed
+from herd.checkpoint.load import Filling, empty_transformer
+from herd.checkpoint.packed import EMBEDDING, NORM, Contents, write_packed
 from herd.checkpoint.shapes import VISION_PREFIXES
+from herd.checkpoint.streaming import Job, Progress
 from herd.checkpoint.weights import Weights
 from herd.errors import ConfigError
 from herd.formats import Weights as Formats
 from herd.kernels import native, rms_norm
 from herd.kernels.layers import Layer
 from herd.kernels.native import PackedWeight
-from herd.model import Transformer
 from herd.model.calibrate import calibrate_block, moments, with_feedback
 from herd.model.quantized import check, pack_block, pack_rows
 
 
-def save_packed(
+def write_weights(
     weights: Weights,
-    out: Path,
+    job: Job,
+    files: dict[str, bytes],
     formats: Formats,
     *,
     calibration: Tensor | None = None,
-    progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint as a packed folder, one layer in memory at a time.
+    """Write all files of the folder.
 
-    calibration: ids of texts [rows, tokens] that weights in 8 and 4 bits are rounded for (`herd.model.calibrate`),
-    whose states are in memory, too. progress: called with the number of files that are written and of all of them.
-    CheckpointError if `out` exists, or a tensor holds what is no finite number; ConfigError if a part has sizes that
-    its format cannot have, or if there is no native library, which packs.
+    files: further ones, such as the tokenizer's. calibration: ids of texts [rows, tokens] that weights in 8 and 4 bits
+    are rounded for (`herd.model.calibrate`). CheckpointError if a tensor holds what is no finite number; ConfigError if
+    a part has sizes that its format cannot have, or if there is no native library, which packs.
     """
-    cfg, model = weights.text, empty_transformer(weights.text)
     if native.load()[0] is None:
         raise ConfigError(f"weights are packed by the native library, which is {native.load()[1]}")
-    check(model, formats)
-    embedding, norm_D = weights.finite(EMBEDDING), weights.finite(NORM, torch.float32)
-    states = None if calibration is None else [nn.functional.embedding(calibration, embedding)]
+    making = _Making(weights, job, formats, calibration)
+    images = sorted(name for name in weights.names if name.startswith(VISION_PREFIXES))
+    plain = {name: (weights.stored(name).dtype, weights.shape(name)) for name in (EMBEDDING, *images)}
+    plain[NORM] = (torch.float32, weights.shape(NORM))
 
-    def head() -> PackedWeight:
-        rows = embedding if cfg.tie_word_embeddings else weights.finite("lm_head.weight")
-        if states is None or not formats.head.whole:
-            return pack_rows(rows, formats.head)
-        inputs = rms_norm(states[0], norm_D.to(embedding.dtype), cfg.rms_norm_eps)
-        return pack_rows(with_feedback(rows, moments(inputs.flatten(0, 1)), formats.head), formats.head)
+    def read(name: str) -> Tensor:
+        return weights.finite(name, plain[name][0])
 
-    images = {name: weights.finite(name) for name in sorted(weights.names) if name.startswith(VISION_PREFIXES)}
-    layers, files = _packed_layers(weights, model, formats, states), weights.tokenizer()
-    contents = Contents(cfg, formats, embedding, norm_D, head, layers, files, weights.vision, images)
-    write_packed(contents, out, progress=progress)
+    contents = Contents(weights.text, formats, making.layer, making.head, plain, read, files, weights.vision)
+    write_packed(contents, job, progress)
 
 
-def _packed_layers(
-    weights: Weights, model: Transformer, formats: Formats, states: list[Tensor] | None
-) -> Iterator[Layer]:
-    """The layers of a model without values, each filled, packed and given up. states: of the text that they are
-    calibrated on, if they are, below the next layer."""
-    blocks = model.blocks
-    model.model.layers = nn.ModuleList()  # type: ignore[assignment]
-    for at in range(model.config.num_hidden_layers):
-        block = blocks.pop(0)
-        for name, _ in list(block.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            value = nn.Parameter(weights.finite(f"model.layers.{at}.{name}"), requires_grad=False)
-            setattr(block.get_submodule(parent), leaf, value)
-        if states is not None:
+class _Making:
+    """Layers, in order, and the head: each read, rounded or calibrated, and packed when it is asked for.
+
+    What the text that they are calibrated on has become below the next layer is put aside in the job, so that another
+    run can begin with any layer.
+    """
+
+    def __init__(self, weights: Weights, job: Job, formats: Formats, calibration: Tensor | None) -> None:
+        model = empty_transformer(weights.text)
+        check(model, formats)
+        self._weights, self._job, self._formats, self._calibration = weights, job, formats, calibration
+        self._blocks, self._fill = dict(enumerate(model.blocks)), Filling(weights, check_finite=True)
+
+    def layer(self, at: int) -> Layer:
+        block = self._blocks.pop(at)
+        self._fill(block, f"model.layers.{at}.")
+        if self._calibration is not None:
             with torch.inference_mode():
-                states[0] = calibrate_block(block, states[0], formats)
-        yield pack_block(block, formats)
+                above = calibrate_block(block, self._states(at, self._calibration), self._formats)
+            self._job.put_aside(_below(at + 1), above)
+        return pack_block(block, self._formats)
+
+    def head(self) -> PackedWeight:
+        cfg, form = self._weights.text, self._formats.head
+        rows = self._weights.finite(EMBEDDING if cfg.tie_word_embeddings else "lm_head.weight")
+        if self._calibration is None or not form.whole:
+            return pack_rows(rows, form)
+        states = self._states(cfg.num_hidden_layers, self._calibration)
+        inputs = rms_norm(states, self._weights.finite(NORM).to(states.dtype), cfg.rms_norm_eps)
+        return pack_rows(with_feedback(rows, moments(inputs.flatten(0, 1)), form), form)
+
+    def _states(self, at: int, ids_BT: Tensor) -> Tensor:
+        """Of the text, below a layer or the head."""
+        if at == 0:
+            return nn.functional.embedding(ids_BT, self._weights.finite(EMBEDDING))
+        return self._job.aside(_below(at))
+
+
+def _below(at: int) -> str:
+    """Where states are put aside. Those that a layer begins with are there until the next one is done."""
+    return f"states-{at % 2}"

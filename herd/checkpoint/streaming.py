@@ -1,7 +1,8 @@
 """Files whose layout is known before their content: written piece by piece, and gone on with after a kill.
 
 Finished pieces are noted in a journal once they are on the disk. A run that finds the journal of the same job cuts each
-file off behind its last finished piece and goes on from there.
+file off behind its last finished piece and goes on from there. What later pieces are made of, but no file holds, is put
+aside on the disk, too.
 """
 
 import fcntl
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
 from herd.checkpoint.files import write_json
@@ -64,12 +67,17 @@ class Job:
             shutil.rmtree(self.result, ignore_errors=True)
         self.result.mkdir(exist_ok=True)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return bool(self._done)
+
     def write(self, layouts: Sequence[Layout], progress: Progress | None = None) -> None:
         """Write all files, from where an earlier run of the same job stopped."""
         for layout in layouts:
             path, size = self.result / layout.name, self._done.get(layout.name, 0)
             if size and (not path.is_file() or path.stat().st_size < size):
-                self._done[layout.name] = 0
+                self._done.clear()  # what was put aside may be of later pieces
         done, total = sum(self._done.get(layout.name, 0) for layout in layouts), sum(layout.size for layout in layouts)
         for layout in layouts:
             for size in self._write(layout):
@@ -78,6 +86,23 @@ class Job:
                     progress(done, total)
         if progress is not None:
             progress(total, total)
+
+    def put_aside(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor, in place of the one of this name, until the job is done; a kill leaves the old or the new."""
+        scratch = self._scratch / f"{name}.new"
+        save_file({name: tensor.contiguous()}, scratch)
+        with scratch.open("r+b") as file:
+            os.fsync(file.fileno())
+        scratch.replace(self._scratch / name)
+
+    def aside(self, name: str) -> Tensor:
+        """What was put aside. CheckpointError if it is gone."""
+        try:
+            return load_file(self._scratch / name)[name]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{self._scratch} cannot be gone on with: {error}; remove it to begin anew"
+            ) from error
 
     def _write(self, layout: Layout) -> Iterator[int]:
         """Write what is left of a file; gives the size of each piece when it is written."""
@@ -139,10 +164,14 @@ def job(out: Path, description: Mapping[str, Any], files: Sequence[str] = ()) ->
         scratch.mkdir(parents=True, exist_ok=True)
         with _only_one(scratch, out):
             made = Job(scratch, description)
-            yield made
-            for final in finals:
-                (made.result / final.name if files else made.result).replace(final)
-            shutil.rmtree(scratch)
+            try:
+                yield made
+                for final in finals:
+                    (made.result / final.name if files else made.result).replace(final)
+                shutil.rmtree(scratch)
+            finally:
+                if not made.begun:
+                    shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}; repeat the command to go on") from error
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from herd import checkpoint, kernels
 from herd.checkpoint.convert import convert
 from herd.checkpoint.files import INDEX
-from herd.checkpoint.packed import Contents, write_packed
+from herd.checkpoint.packed import EMBEDDING, NORM, Contents, write_packed
+from herd.checkpoint.streaming import job
 from herd.errors import CheckpointError, ConfigError
 from herd.formats import Weights, parse
 from herd.kernels.layers import PAGE
@@ -92,11 +93,13 @@ def test_a_tied_head(tmp_path: Path) -> None:
 def test_weights_that_are_packed_already_are_written_as_they_are(plain: Path, tmp_path: Path) -> None:
     model = in_memory(plain, "int8")
     assert model.packed is not None
-    embedding, packed, out = model.model.embed_tokens.weight.detach(), model.packed, tmp_path / "out"
-    files = {"tokenizer.json": b"{}"}
-    write_packed(
-        Contents(CONFIG, parse("int8"), embedding, packed.norm_D, lambda: packed.head, packed.layers, files), out
-    )
+    packed, out = model.packed, tmp_path / "out"
+    plain = {EMBEDDING: model.model.embed_tokens.weight.detach(), NORM: packed.norm_D}
+    types = {name: (x.dtype, x.shape) for name, x in plain.items()}
+    layer, files = packed.layers.__getitem__, {"tokenizer.json": b"{}"}
+    contents = Contents(CONFIG, parse("int8"), layer, lambda: packed.head, types, plain.__getitem__, files)
+    with job(out, {}) as made:
+        write_packed(contents, made)
     assert torch.equal(checkpoint.load_packed(out)(tokens(1, 9)), model(tokens(1, 9)))
     assert (out / "tokenizer.json").read_bytes() == b"{}"
 
@@ -169,7 +172,7 @@ def test_nothing_is_replaced_or_left_half_done(plain: Path, packed: Path, tmp_pa
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.3\.self_attn\.q_proj\.weight .* not finite"):
         pack_folder(broken, tmp_path / "out", "int8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "packed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.making", "broken", "packed"]  # layers 0 to 2
 
 
 def test_sizes_that_a_format_cannot_have(tmp_path: Path) -> None:

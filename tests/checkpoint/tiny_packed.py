@@ -4,7 +4,6 @@ from pathlib import Path
 
 from herd import checkpoint
 from herd.config import TextConfig
-from herd.formats import parse
 from herd.model import Transformer
 from tests.model.tiny_models import build, tiny
 
@@ -31,6 +30,5 @@ def plain_folder(folder: Path, cfg: TextConfig = CONFIG) -> Transformer:
 
 
 def pack_folder(source: Path, out: Path, formats: str) -> Path:
-    with checkpoint.open_weights(source) as weights:
-        checkpoint.save_packed(weights, out, parse(formats))
+    checkpoint.convert(source, out, format="herd", dtype=formats)
     return out
