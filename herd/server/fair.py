@@ -19,7 +19,7 @@ class FairQueue(Generic[T]):
         self._size = size
         self._waiting: dict[str, deque[T]] = {}
         self._given: dict[str, int] = {}  # tokens, from a common beginning
-        self._least = 0  # what the last that was served had been given
+        self._least = 0  # what the one of them that was given least had been given, when one was served last
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -37,14 +37,16 @@ class FairQueue(Generic[T]):
             self._given[client] = max(self._given.get(client, 0), self._least)
         self._waiting.setdefault(client, deque()).append(item)
 
-    def first(self) -> T:
-        """The one that is next. There must be one."""
-        return self._waiting[self._next()][0]
+    def first(self, most: int | None = None) -> T | None:
+        """The one that is next, None if there is none. most: of those that are at most so large."""
+        client = self._next(most)
+        return None if client is None else self._waiting[client][0]
 
-    def pop(self) -> T:
-        """Take the one that is next; that alone counts as one token."""
-        client = self._next()
-        self._least = self._given[client]
+    def pop(self, most: int | None = None) -> T:
+        """Take `first`, which there must be; that alone counts as one token."""
+        client, least = self._next(most), self._next()
+        assert client is not None and least is not None, "there is one"
+        self._least = self._given[least]
         items = self._waiting[client]
         item = items.popleft()
         if not items:
@@ -69,5 +71,7 @@ class FairQueue(Generic[T]):
                 return True
         return False
 
-    def _next(self) -> str:
-        return min(self._waiting, key=lambda client: (self._given[client], self._size(self._waiting[client][0])))
+    def _next(self, most: int | None = None) -> str | None:
+        sizes = {client: self._size(items[0]) for client, items in self._waiting.items()}
+        fit = [client for client, size in sizes.items() if most is None or size <= most]
+        return min(fit, key=lambda client: (self._given[client], sizes[client]), default=None)

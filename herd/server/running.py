@@ -11,7 +11,6 @@ from herd.context.citations import Citation, cite
 from herd.context.quoting import Quoting, Try
 from herd.engine import Engine, Finish, Request, Token, look_by_names
 from herd.model import KVRow, Memory
-from herd.model.cache import bytes_needed
 from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
 
@@ -48,11 +47,6 @@ class Running:
         self.engine = engine
         self.jobs: dict[int, Job] = {}
         self._model, self._metrics = model, metrics
-
-    def bytes_needed(self, job: Job) -> int:
-        """Of memory."""
-        tokens = len(job.ask.ids) + job.ask.max_tokens
-        return bytes_needed(self._model.config, tokens, self._model.transformer.memory_dtype)
 
     def start(self, job: Job) -> None:
         """Begin with a job, behind what the model has seen of its prompt before if that is kept."""

@@ -36,7 +36,7 @@ _log = logging.getLogger("herd.server")
 _Engine = tuple[tuple[Context, ...], int]  # what its requests see, and where they begin
 _PLAIN: _Engine = ((), 0)
 _STOPPING = "the server is being stopped; ask again when it is back"
-BESIDE = 192  # tokens of prompts in a step, where several requests run
+BESIDE = 128  # tokens of prompts in a step, where several requests run
 SHORT = 256  # tokens of a short request, prompt and answer
 IDLE = 8  # engines of contexts that are kept with nothing to do
 
@@ -207,7 +207,7 @@ class Service:
                 f"({len(ask.ids):,} in the messages, {ask.max_tokens:,} in the completion). "
                 "Please reduce the length of the messages or completion."
             )
-        needed = bytes_needed(cfg, asked, self.model.transformer.memory_dtype)
+        needed = self._needed(asked)
         if needed > self._most:
             raise TooLong(
                 f"{asked:,} tokens ({len(ask.ids):,} in the prompt, {ask.max_tokens:,} in the answer) need {needed:,} "
@@ -278,26 +278,31 @@ class Service:
             job.answers.tell(error)
 
     def _admit(self) -> None:
-        while self.running < self.rows:
-            with self._changed:
-                if not self._waiting:
-                    return
-                job = self._waiting.first()
-            if self.rows - self.running <= self._spare and _size(job) > SHORT:
-                return
-            running = self._running(job)
-            if job.names is not None:
-                self._prefixes.find(job.ask.scope, job.names)  # so that others are given up first
-            left = self.memory - self.memory_used - running.bytes_needed(job)
-            if not self._prefixes.shrink(left + self._prefixes.nbytes):
-                return
-            with self._changed:
-                self._waiting.pop()
-                self._waiting.give(job.ask.client, len(job.ask.ids))
+        while self.running < self.rows and (job := self._take()) is not None:
             try:
-                running.start(job)
+                self._running(job).start(job)
             except Exception as error:
                 job.answers.tell(error)
+
+    def _take(self) -> Job | None:
+        """The job that is next, if there is memory for it."""
+        most = SHORT if self.rows - self.running <= self._spare else None
+        with self._changed:  # or another one might be next in between
+            job = self._waiting.first(most)
+            if job is None:
+                return None
+            if job.names is not None:
+                self._prefixes.find(job.ask.scope, job.names)  # so that others are given up first
+            left = self.memory - self.memory_used - self._needed(_size(job))
+            if not self._prefixes.shrink(left + self._prefixes.nbytes):
+                return None
+            self._waiting.pop(most)
+            self._waiting.give(job.ask.client, len(job.ask.ids))
+            return job
+
+    def _needed(self, tokens: int) -> int:
+        """Bytes of keys and values."""
+        return bytes_needed(self.model.config, tokens, self.model.transformer.memory_dtype)
 
     def _running(self, job: Job) -> Running:
         """The engine of a job. Of engines of contexts with nothing to do, those that were used last are kept."""
@@ -315,6 +320,6 @@ def _size(job: Job) -> int:
 
 
 def _stand_back() -> None:
-    """Let answers go first where they and this thread want the processor: it and what it starts get a quarter of it."""
+    """Let answers go first where they and this thread want the processor: it and what it starts get a tenth of it."""
     if sys.platform == "linux":  # where threads have priorities of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

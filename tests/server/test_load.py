@@ -121,6 +121,19 @@ def test_who_asks_now_and_then_is_next() -> None:
     assert [queue.pop()[0] for _ in range(3)] == ["a", "b", "c"], "nobody may save up or be always first"
 
 
+def test_rows_for_short_requests_are_theirs_whoever_is_next() -> None:
+    queue: FairQueue[str] = FairQueue(len)
+    queue.push("a", "a long request")
+    queue.give("b", 10)
+    queue.push("b", "short")
+    queue.push("b", "hi")
+    assert queue.first() == "a long request"
+    assert queue.first(5) == "short" and queue.pop(5) == "short", "a client's come in their order"
+    assert queue.first(4) == "hi" and queue.first(1) is None
+    queue.push("late", "a longer request")
+    assert [queue.pop() for _ in range(3)] == ["a long request", "a longer request", "hi"], "nobody was passed over"
+
+
 def test_a_few_clients_cannot_keep_others_out(model: herd.Model, tmp_path: Path) -> None:
     """Who has none waiting gets a place in a queue that others have filled."""
     service = Service(model, rows=1, queue=2, memory=1 << 26)
