@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from herd.server.structured import Grammars, Guided
 from tests.server.served import user
 from tests.server.test_load import until
 from tests.server.test_tools import COUNTRY
+from tests.test_images import folder, pictures  # noqa: F401
 
 
 class Response:
@@ -99,6 +101,15 @@ def test_an_answer_goes_on_where_a_replica_died(model: herd.Model, dies: tuple[i
     assert [token.id for token in said] == [token.id for token in expected]
     assert [token.logprob for token in said] == pytest.approx([token.logprob for token in expected])
     assert [token.finish for token in said] == [token.finish for token in expected]
+
+
+def test_images_go_with_what_is_asked(folder: Path, pictures: list[Path]) -> None:  # noqa: F811
+    model = herd.load(folder)
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": "What?"}]
+    ids = model.tokenizer.chat([{"role": "user", "content": content}])
+    seen, features = model.look(ids, pictures)
+    said = told(model, Handle(model, 0, 3, None), Ask(seen, 10, images=features))
+    assert [token.id for token in said] == [t.id for t in model.generate(ids, images=pictures, max_tokens=10).tokens]
 
 
 def test_without_a_seed_all_replicas_draw_from_one_stream(model: herd.Model) -> None:

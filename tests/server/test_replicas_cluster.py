@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 
 import herd
 from herd import checkpoint
@@ -74,7 +75,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def dying(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each replica that was born, or died. One that has said as many tokens as the file
-    `after` says takes it away and dies. While there is the file `hold`, replicas leave their name and say no more."""
+    `after` says takes it away and dies. While there is the file `hold`, replicas name their node and are quiet."""
     return tmp_path_factory.mktemp("dying")
 
 
@@ -86,15 +87,15 @@ def spreading(
 
     class Mortal(Replica):
         def __init__(self, *its: Any) -> None:
-            (dying / f"born {os.getpid()}").touch()
             Replica.__init__(self, *its)
+            (dying / f"born {os.getpid()}").touch()
 
         async def answer(self, ask: Ask, guide: Guide | None) -> AsyncIterator[Any]:
             said = count(1)
             async for one in Replica.answer(self, ask, guide):
                 yield one
                 while (dying / "hold").exists():
-                    (dying / f"{os.getpid()}").touch()
+                    (dying / f"held {ray.get_runtime_context().get_node_id()}").touch()
                     await asyncio.sleep(0.01)
                 try:
                     if next(said) >= int((dying / "after").read_text()):
@@ -188,23 +189,6 @@ def test_who_leaves_makes_room(spreading: Served, dying: Path) -> None:
     assert away(spreading).running == 0 and away(spreading).memory_used == 0
 
 
-def test_a_node_that_is_lost_is_not_missed(spreading: Served, served: Served, cluster: Any, dying: Path) -> None:
-    whole(spreading, dying)
-    bodies = [{**SEEDED, "messages": [user(name)]} for name in "abcd"]  # more than a replica has rows
-    expected = [text(served.events(**body)) for body in bodies]
-    (dying / "hold").touch()
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(spreading.events, **body) for body in bodies]
-        until(lambda: sum(file.name.isdecimal() for file in dying.iterdir()) == 2)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        (dying / "dead with its node").touch()
-        (dying / "hold").unlink()
-        assert [text(answer.result()) for answer in answers] == expected
-    cluster.add_node(**NODE)
-    whole(spreading, dying)
-    assert same(spreading.ask(**SEEDED)) == same(served.ask(**SEEDED))
-
-
 @pytest.fixture(scope="module")
 def third(cluster: Any) -> None:
     """A node for one more replica."""
@@ -232,3 +216,17 @@ def test_too_few_processors_and_other_weights_are_refused(
     with pytest.raises(ConfigError, match=r"^the worker on .* has other weights under .*; copy them$"):
         spread(other, 1, cluster.address, tmp_path, memory=1 << 26).__enter__()
     assert same(spreading.ask(**SEEDED)), "the others answer as ever"
+
+
+def test_a_node_that_is_lost_is_not_missed(spreading: Served, served: Served, cluster: Any, dying: Path) -> None:
+    whole(spreading, dying)
+    bodies = [{**SEEDED, "messages": [user(name)]} for name in "abcd"]  # more than a replica has rows
+    expected = [text(served.events(**body)) for body in bodies]
+    (dying / "hold").touch()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(spreading.events, **body) for body in bodies]
+        until(lambda: len([*dying.glob("held *")]) == 2)
+        lost = next(node for node in cluster.worker_nodes if (dying / f"held {node.node_id}").exists())
+        cluster.remove_node(lost, allow_graceful=False)
+        (dying / "hold").unlink()
+        assert [text(answer.result()) for answer in answers] == expected
