@@ -141,14 +141,17 @@ def _difference(peer: str, herd: list[float], other: list[float] | str) -> dict[
 def measure(bench: Bench, title: str, case: Case, rounds: int) -> dict[str, Any]:
     """All runs of a case: one of each subject in turn, `rounds` times. Who refuses is known from then on by the reason.
 
-    A subject is loaded and warmed up before its first run or, alone, before each.
+    A subject is loaded and warmed up before its first run or, alone, before each. What the machine can do at most
+    changes from hour to hour, so it is measured in each round, too.
     """
     found: dict[str, dict[str, Any]] = {name: {"runs": []} for name in case.subjects}
+    peaks: list[dict[str, float]] = []
     runners: dict[str, Runner] = {}
     try:
         for name in () if case.alone else case.subjects:
             _guarded(found, runners, name, lambda name=name: _load(bench, case, name, runners))
         for i in range(rounds):
+            peaks.append(limits.measure(bench.threads))
             for name in [name for name in case.subjects if "runs" in found[name]]:
                 if case.alone:
                     _guarded(found, runners, name, lambda name=name: _load(bench, case, name, runners))
@@ -161,7 +164,8 @@ def measure(bench: Bench, title: str, case: Case, rounds: int) -> dict[str, Any]
     finally:
         for runner in runners.values():
             runner.stop()
-    return {**asdict(case), "subjects": found}
+    most = {what: statistics.median(peak[what] for peak in peaks) for what in peaks[0]}
+    return {**asdict(case), "limits": most, "subjects": found}
 
 
 def _guarded(found: dict[str, Any], runners: dict[str, Runner], name: str, call: Callable[[], dict[str, Any]]) -> None:
@@ -234,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = json.loads(unfinished.read_text()) if unfinished.exists() else {}
     if any(kept.get(key) != value for key, value in head.items()):
         kept = {**head, "versions": {peer: versions(peer, python) for peer, python in bench.pythons.items()}}
-        kept |= {"parity": check_parity(bench), "limits": limits.measure(options.threads), "cases": {}}
+        kept |= {"parity": check_parity(bench), "cases": {}}
     for title in options.cases:
         if title not in kept["cases"]:
             say(f"{title}: {CASES[title]}")
@@ -244,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(kept, indent=1) + "\n")
     unfinished.unlink(missing_ok=True)
-    say(table(kept))
+    say(table(kept["cases"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The result file of `bench.side_by_side` as tables to read.
+"""The result files of `bench.side_by_side` as tables to read.
 
-python -m bench.table [bench/results/side-by-side.json]
+python -m bench.table [bench/results/side-by-side*.json]
 
 `ratios` says how many times as fast as its peers Herd is, beside what is asked for.
 """
@@ -8,6 +8,8 @@ python -m bench.table [bench/results/side-by-side.json]
 import json
 import statistics
 import sys
+from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from bench.checkpoints import MODELS
 from bench.limits import decode_bytes, prefill_operations
 from bench.peers import SUBJECTS
 
-FILE = Path("bench/results/side-by-side.json")
+RESULTS = "bench/results/side-by-side*.json"
 EIGHT, FOUR = ("herd int8", ("llama.cpp Q8_0",)), ("herd int4", ("llama.cpp Q4_0",))
 LLAMA = ("llama.cpp Q8_0", "llama.cpp Q4_0")
 ANY = (*LLAMA, "vllm bf16", "vllm bf16 eager", "transformers bf16")
@@ -36,7 +38,12 @@ SHARES = (("decode", "share of memory read", 0.75), ("prefill", "share of GEMM p
 WHAT = {"decode": "making tokens", "prefill": "reading the prompt", "total": "both"}
 
 
-def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[str, float]:
+def load(files: Iterable[Path]) -> dict[str, Any]:
+    """The cases of all files."""
+    return {title: case for file in files for title, case in json.loads(file.read_text())["cases"].items()}
+
+
+def figures(case: dict[str, Any], name: str) -> dict[str, float]:
     """Medians over the rounds: tokens/s, seconds to the first token, shares of what the machine can do."""
     runs, subject, cfg = case["subjects"][name]["runs"], SUBJECTS[name], MODELS[case["model"]]
     sequences = case["sequences"]
@@ -45,7 +52,8 @@ def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[s
         "decode": statistics.median(sequences * run["new"] / run["decode_s"] for run in runs),
         "total": statistics.median(sequences * (run["new"] + 1) / (run["prefill_s"] + run["decode_s"]) for run in runs),
     }
-    if limits and sequences == 1:
+    if sequences == 1:
+        limits = case["limits"]
         moved = decode_bytes(cfg, subject.weight_bits, subject.kv_bits, case["prompt"] + case["new"] // 2)
         done = prefill_operations(cfg, case["prompt"]) / case["prompt"]
         peak = limits["bf16_ops_per_s" if subject.weight_bits == 16 else "int8_ops_per_s"]
@@ -54,38 +62,38 @@ def figures(case: dict[str, Any], name: str, limits: dict[str, float]) -> dict[s
     return out
 
 
-def ratios(result: dict[str, Any]) -> str:
+def ratios(cases: dict[str, Any]) -> str:
     """Markdown: a row for each goal that was measured, and the shares of what the machine can do."""
     lines = ["| what | measured | goal |", "|---|---|---|"]
     for title, figure, ours, peers, goal in GOALS:
-        found = result["cases"].get(title, {"subjects": {}})["subjects"]
-        speeds = {name: figures(result["cases"][title], name, {})[figure] for name in found if "runs" in found[name]}
+        found = cases.get(title, {"subjects": {}})["subjects"]
+        speeds = {name: figures(cases[title], name)[figure] for name in found if "runs" in found[name]}
         able = [name for name in peers if name in speeds]
         if ours in speeds and able:
             best = max(able, key=lambda name: speeds[name])
             what = f"{title}, {WHAT[figure]}: {ours} beside {best}"
             lines.append(f"| {what} | {speeds[ours] / speeds[best]:.2f} × | ≥ {goal:g} × |")
     for figure, share, goal in SHARES:
-        for title, case in result["cases"].items():
+        for title, case in cases.items():
             if case["model"] == "mid" and case["sequences"] == 1:
-                reached = [figures(case, name, result["limits"])[share] for name in ("herd int8", "herd int4")]
+                reached = [figures(case, name)[share] for name in ("herd int8", "herd int4")]
                 what = f"{title}, {WHAT[figure]}: {share} in 8 and 4 bits"
                 lines.append(f"| {what} | {reached[0]:.0%}, {reached[1]:.0%} | ≥ {goal:.0%} |")
     return "\n".join(lines)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(cases: dict[str, Any]) -> str:
     """Markdown, one table for each case."""
     lines = []
-    for title, case in result["cases"].items():
+    for title, case in cases.items():
         what = f"{case['model']} model, {case['sequences']} × {case['prompt']:,} tokens read, {case['new']} made"
         lines += [f"**{title}**: {what}", ""]
-        lines += _many(case) if case["sequences"] > 1 else _single(case, result["limits"])
+        lines += _many(case) if case["sequences"] > 1 else _single(case)
         lines += [""]
     return "\n".join(lines)
 
 
-def _single(case: dict[str, Any], limits: dict[str, float]) -> list[str]:
+def _single(case: dict[str, Any]) -> list[str]:
     lines = [
         "| | prefill tokens/s | of GEMM peak | decode tokens/s | of memory read | peak GB |",
         "|---|---|---|---|---|---|",
@@ -94,7 +102,7 @@ def _single(case: dict[str, Any], limits: dict[str, float]) -> list[str]:
         if "refused" in found:
             lines.append(f"| {name} | cannot: {found['refused']} | | | | |")
             continue
-        f = figures(case, name, limits)
+        f = figures(case, name)
         shares = [f"{f[key]:.0%}" if key in f else "" for key in ("share of GEMM peak", "share of memory read")]
         cells = [f"{f['prefill']:,.0f}", shares[0], f"{f['decode']:,.1f}", shares[1], f"{found['peak_gb']:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -107,12 +115,12 @@ def _many(case: dict[str, Any]) -> list[str]:
         if "refused" in found:
             lines.append(f"| {name} | cannot: {found['refused']} | | | |")
             continue
-        f = figures(case, name, {})
+        f = figures(case, name)
         cells = [f"{f['total']:,.1f}", f"{f['prefill']:,.0f}", f"{f['decode']:,.1f}", f"{found['peak_gb']:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 if __name__ == "__main__":
-    result = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else FILE).read_text())
-    print(ratios(result), table(result), sep="\n\n")
+    cases = load(map(Path, sys.argv[1:] or sorted(glob(RESULTS), reverse=True)))
+    print(ratios(cases), table(cases), sep="\n\n")

@@ -112,7 +112,7 @@ def transcript(path: Path) -> str:
 
 def texts() -> dict[Path, str]:
     """Every text that holds results, with what stands between its markers replaced."""
-    sped = json.loads((ROOT / beside.FILE).read_text(encoding="utf-8"))
+    sped = beside.load(sorted(ROOT.glob(beside.RESULTS), reverse=True))
     parts = {
         "README.md": {
             "measured": table(ROOT / "eval"),
