@@ -273,8 +273,9 @@ class Context:
         """Bring the context up to date with files, folders and "-" (stdin): unchanged chunks are not read again.
 
         In a sequence, a chunk is unchanged if all before it are, too. New sources come after those that are there.
-        SourceError for a path that does not exist; what was found but cannot be read is listed in the report. reader:
-        who computes chunks instead of this process (`herd.scale.spread`); ContextError with one for a sequence.
+        SourceError for a path that does not exist; what was found but cannot be read is listed in the report. progress:
+        told how far it is, and may end it (`herd.context.read.Stopped`). reader: who computes chunks instead of this
+        process (`herd.scale.spread`); ContextError with one for a sequence.
         """
         return read(paths, self._store, self._model.transformer, self._model.tokenizer, progress, reader)
 

@@ -35,6 +35,10 @@ _COMMIT_S = 60.0  # of reading in sequence, which takes longer the more there is
 _CUT_VERSION = 1  # of chunks.cut: raise it when the same text is cut otherwise, so that unchanged files are cut again
 
 
+class Stopped(Exception):
+    """Raised by who is told of the progress: ends a read as Ctrl-C does, and what was read is kept."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a read is. `eta_s` is None until a speed can be told."""
@@ -286,7 +290,7 @@ class _Session:
                     self._commit(done)
                     done = []
                 began = time.perf_counter()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             # Its sources come with the next read, which finds these chunks.
             self.writer.commit([(chunk, kv) for chunk, kv in done if chunk.hash not in self.writer.known])
             raise

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from herd.api import Context, ReadReport
-from herd.context.read import Progress
+from herd.context.read import Progress, Stopped
 from herd.errors import HerdError, SourceError
 from herd.server.asks import Busy
 from herd.server.library import Library, Unknown
@@ -141,7 +141,7 @@ class Contexts:
         context = Context.open(self._library.context_folder(id) / "kv", self._service.model)
         try:
             return context.read(paths, progress=partial(self._note, id))
-        except KeyboardInterrupt:
+        except Stopped:
             raise Busy("the server is being stopped; read again when it is back", stopping=True) from None
         finally:
             self._reading.pop(id, None)
@@ -149,9 +149,9 @@ class Contexts:
                 self._open.pop(id, None)
 
     def _note(self, id: str, progress: Progress) -> None:
-        """Also ends a read as Ctrl-C would where the server is being stopped; what was read is kept."""
+        """Also ends a read where the server is being stopped."""
         if not self._service.open:
-            raise KeyboardInterrupt
+            raise Stopped
         self._reading[id] = progress
 
     def _remove(self, id: str, name: str) -> ReadReport:

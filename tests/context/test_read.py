@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from herd.context import maintain, read, sources
-from herd.context.read import Progress
+from herd.context.read import Progress, Stopped
 from herd.context.store import NewChunk, Store
 from tests.context.tiny_context import Bytes, CountingModel, MadeModel, read_paths, spec, tiny_model
 
@@ -197,6 +197,19 @@ def test_an_interrupted_read_keeps_what_was_computed(
     clean = Store.open(opened.folder.with_name("clean"), spec())
     read_paths(clean, folder)
     assert {chunk.hash for chunk in clean.chunks} == {chunk.hash for chunk in opened.chunks}
+
+
+def test_who_is_told_of_the_progress_may_end_a_read(folder: Path, opened: Store) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.read_tokens:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        read.read([folder], opened, tiny_model(), Bytes(), stop)
+    opened.refresh()
+    assert names(opened) == [], "no source is half there"
+    report = read_paths(opened, folder)
+    assert report.reused_tokens == report.tokens > 0, "what was read is kept"
 
 
 def test_very_many_tiny_files_are_a_source_each(tmp_path: Path, opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
