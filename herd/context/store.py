@@ -5,7 +5,6 @@ Everything is written in one order (bytes, sync, rows, commit), so a crash at an
 state, and a file that no row names is removed by the next writer.
 """
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from herd.context import manifest, segment
 from herd.context.manifest import ChunkRow, SegmentRow, SkippedRow, SourceRow
 from herd.context.segment import INDEPENDENT, KV, SEQUENTIAL, Spec
 from herd.errors import ContextError
+from herd.lock import hold
 
 SEGMENT_TOKENS = 1 << 16
 _LOCK = "lock"
@@ -327,22 +328,14 @@ def check_bounds(file: Path, row: SegmentRow, chunks: Iterable[ChunkRow], spec: 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder's writer lock; the system drops it when the process dies."""
-    with manifest.plain_errors(folder):
-        fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            raise ContextError(
-                f"{folder} is being written by process {owner or '?'}; wait for it to finish and repeat"
-            ) from None
+    with ExitStack() as stack:
         with manifest.plain_errors(folder):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            stack.enter_context(hold(folder / _LOCK, partial(_written, folder)))
         yield
-    finally:
-        os.close(fd)
+
+
+def _written(folder: Path, owner: str) -> ContextError:
+    return ContextError(f"{folder} is being written by process {owner}; wait for it to finish and repeat")
 
 
 def remove_unnamed(folder: Path, db: sqlite3.Connection) -> None:

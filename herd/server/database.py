@@ -4,17 +4,17 @@ A message that was acknowledged is on disk (WAL, synchronous FULL). Any number o
 serves it.
 """
 
-import fcntl
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from herd.errors import LibraryError
+from herd.lock import hold
 
 FILE, _LOCK = "herd.sqlite", "serving"
 _FIRST = """
@@ -51,11 +51,11 @@ class Database:
         """
         self.folder = folder
         self._mutex = threading.RLock()
-        self._serving: int | None = None
+        self._serving = ExitStack()
         with self._plain():
             folder.mkdir(parents=True, exist_ok=True)
             if serve:
-                self._serving = _lock(folder)
+                self._serving.enter_context(hold(folder / _LOCK, partial(_served, folder)))
             self._db = sqlite3.connect(folder / FILE, isolation_level=None, timeout=30, check_same_thread=False)
             try:
                 self._prepare()
@@ -80,9 +80,7 @@ class Database:
         """What was committed is safe without it, too."""
         with self._mutex, suppress(sqlite3.Error):
             self._db.close()
-        if self._serving is not None:
-            os.close(self._serving)
-            self._serving = None
+        self._serving.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -140,15 +138,5 @@ class Database:
             raise LibraryError(f"{self.folder}: {error.strerror or error}; name another folder") from error
 
 
-def _lock(folder: Path) -> int:
-    """Hold the folder as its server; the system lets go when the process dies."""
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        raise LibraryError(f"{folder} is served by process {owner or '?'}; stop it, or name another folder") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+def _served(folder: Path, owner: str) -> LibraryError:
+    return LibraryError(f"{folder} is served by process {owner}; stop it, or name another folder")

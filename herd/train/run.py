@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from herd.checkpoint.load import load
 from herd.data.bank import hidden_states
 from herd.data.pool import Pool, build
 from herd.errors import ConfigError
+from herd.lock import hold
 from herd.model import Transformer
 from herd.prompt import Tokenizer
 from herd.train.batches import Bank, Batches
@@ -37,11 +39,17 @@ _START = "start.safetensors"  # in the run's folder: weights of another run that
 def run(recipe_path: Path, run_dir: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Train by a recipe in run_dir; leaves `delta.safetensors` there. Returns the last step's figures.
 
-    ConfigError if run_dir holds another recipe's run, or a run and `resume` is not given.
+    ConfigError if another process trains in run_dir, or it holds another recipe's run, or a run and `resume` is not
+    given.
     """
     recipe = load_recipe(recipe_path)
-    _claim(recipe_path, run_dir, resume)
-    report = progress or (lambda *_: None)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with hold(run_dir / "lock", partial(_taken, run_dir)):
+        _claim(recipe_path, run_dir, resume)
+        return _run(recipe, run_dir, progress or (lambda *_: None))
+
+
+def _run(recipe: Recipe, run_dir: Path, report: Progress) -> dict[str, Any]:
     _keep_memory()
     init = run_dir / "init"
     if recipe.start and not (run_dir / _START).exists():
@@ -171,9 +179,12 @@ def _claim(recipe_path: Path, run_dir: Path, resume: bool) -> None:
         raise ConfigError(f"{run_dir} holds a run; go on with --resume, or choose another folder with --run-dir")
     if copy.exists() and copy.read_bytes() != recipe_path.read_bytes():
         raise ConfigError(f"{run_dir} was begun with another recipe ({copy}); choose another folder with --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
     if not copy.exists():
         shutil.copyfile(recipe_path, copy)
+
+
+def _taken(run_dir: Path, owner: str) -> ConfigError:
+    return ConfigError(f"process {owner} trains in {run_dir}; wait for it, or choose another folder with --run-dir")
 
 
 def _pool(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer, report: Progress) -> Pool:

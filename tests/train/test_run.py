@@ -1,6 +1,8 @@
 """A whole run on a tiny model: from files to a delta that fits, also when it was interrupted."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -139,7 +141,40 @@ def test_a_folder_belongs_to_one_recipe(recipe: Path, tmp_path: Path) -> None:
     (folder / "recipe.toml").write_text("seed = 5\n")
     with pytest.raises(ConfigError, match=r"another recipe.*--run-dir"):
         run_recipe(recipe, folder, resume=True)
-    assert [path.name for path in folder.iterdir()] == ["recipe.toml"]
+    assert (folder / "recipe.toml").read_text() == "seed = 5\n"
+    assert {path.name for path in folder.iterdir()} == {"lock", "recipe.toml"}, "nothing is begun there"
+
+
+TRAINS = """
+import sys, time
+from importlib import import_module
+from pathlib import Path
+
+def wait(folder):
+    print("trains", flush=True)
+    time.sleep(600)
+
+run = import_module("herd.train.run")
+run.fetch_wheel = wait
+run.run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_folder_belongs_to_one_process(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", TRAINS, recipe, folder], stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline() == "trains\n"
+            command = [sys.executable, "-m", "herd", "train", recipe, "--run-dir", folder, "--resume"]
+            second = subprocess.run(command, capture_output=True, text=True)
+        finally:
+            first.kill()
+    assert (second.returncode, second.stdout) == (2, "")
+    said = f"error: process {first.pid} trains in {folder}; wait for it, or choose another folder with --run-dir\n"
+    assert second.stderr == said
+    monkeypatch.setattr(module, "fetch_wheel", lambda folder: 1 // 0)
+    with pytest.raises(ZeroDivisionError):  # a lock dies with its process, so this one begins
+        run_recipe(recipe, folder, resume=True)
 
 
 def test_a_curve_is_drawn_from_the_metrics(tmp_path: Path) -> None:
