@@ -25,7 +25,7 @@ from herd.context.quoting import Quoting, Try
 from herd.context.read import Progress, Reader, ReadReport, read
 from herd.context.segment import SEQUENTIAL
 from herd.context.store import SourceInfo, Store, spec_for
-from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, look_by_names, stream
+from herd.engine import Engine, Finish, Request, Sampler, Source, Token, check_prompt, look, named, stream, try_again
 from herd.errors import ConfigError, ContextError
 from herd.formats import BF16, Weights
 from herd.model import Transformer
@@ -80,6 +80,10 @@ class Model:
     def look(self, ids: Sequence[int], images: Sequence[Source]) -> tuple[list[int], list[Tensor]]:
         """Ids and features of images that an engine takes (`herd.engine.Request`) for a prompt with images."""
         return look(self.vision, self.tokenizer.special_tokens, ids, images)
+
+    def names(self, ids: Sequence[int], images: Sequence[Tensor]) -> tuple[int, ...]:
+        """Names of a prompt's tokens (`herd.engine.Request`); ids and images as `look` gives them."""
+        return named(ids, images, None if self.vision is None else self.vision.config.image_token_index)
 
     def generate(
         self,
@@ -333,11 +337,10 @@ class Context:
         tries = [Try(prompt, guide) for prompt, guide in zip(prompts, guides, strict=True)]
         said = _Said(tokenizer, on_text)
         self._run(tries, cache, max_tokens, said)
-        look_by_names(self._model.transformer, cache, [one for one in tries if one.doubted], max_tokens)
+        second = try_again(self._model.transformer, cache, tries, max_tokens)
         # A second try counts only if it is sure, so nothing of it is told before its end.
-        doubted = {i: again for i, one in enumerate(tries) if (again := one.again()) is not None}
-        self._run(list(doubted.values()), cache, max_tokens)
-        tries = [doubted[i] if i in doubted and doubted[i].sure else one for i, one in enumerate(tries)]
+        self._run([one for one in second if one is not None], cache, max_tokens)
+        tries = [one if new is None or not new.sure else new for one, new in zip(tries, second, strict=True)]
         said.finish(tries)
         return [self._answer(one, quote) for one in tries]
 

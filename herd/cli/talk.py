@@ -14,7 +14,7 @@ import herd
 from herd.cli.output import Interrupted, note
 from herd.cli.progress import reading
 from herd.cli.report import TextOut, citation_json, print_citations, print_report, print_skipped
-from herd.engine import Engine, Request, Sampler, named, stream
+from herd.engine import Engine, Request, Sampler, stream
 from herd.errors import HerdError, LibraryError, PromptError, SourceError
 from herd.media import open_image
 from herd.server.conversations import Conversations
@@ -50,8 +50,8 @@ class Kept:
         """Go on with a chat from where the model was, now or in an earlier process; its keys and values are kept."""
         model, tokenizer, prefixes = self._model, self._model.tokenizer, self._engine.prefixes
         ids, features = model.look(ids, images)
-        names = named(ids, features, None if model.vision is None else model.vision.config.image_token_index)
-        self._engine.add("", *self._files.load(names, prefixes.reach(*prefixes.find("", names))))
+        names = model.names(ids, features)
+        self._engine.add("", *self._files.load(names, prefixes.known("", names)))
         self._engine.submit(Request(ids, most, sampler, tokenizer.eos_ids, images=features, names=names))
         text, said, chosen = tokenizer.stream(), list[str](), list[int]()
         for token in stream(self._engine):

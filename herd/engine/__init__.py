@@ -2,7 +2,7 @@
 
 from herd.engine.engine import Engine, generate, stream
 from herd.engine.images import Source, look
-from herd.engine.naming import look_by_names
+from herd.engine.naming import try_again
 from herd.engine.prefixes import Block, Prefixes, named
 from herd.engine.request import Finish, Guide, Request, Token, check_prompt
 from herd.engine.sampler import Sampler
@@ -20,7 +20,7 @@ __all__ = [
     "check_prompt",
     "generate",
     "look",
-    "look_by_names",
     "named",
     "stream",
+    "try_again",
 ]

@@ -9,7 +9,7 @@ from herd.api import Model
 from herd.context.cache import ContextCache, ContextRow
 from herd.context.citations import Citation, cite
 from herd.context.quoting import Quoting, Try
-from herd.engine import Engine, Finish, Request, Token, look_by_names
+from herd.engine import Engine, Finish, Request, Token, try_again
 from herd.model import KVRow, Memory
 from herd.server.asks import Answers, Ask, End, Told
 from herd.server.metrics import Metrics
@@ -124,10 +124,9 @@ class Running:
             return
         del self.jobs[token.request]
         again = None
-        if len(job.tries) == 1 and one.doubted:
+        if len(job.tries) == 1:
             assert isinstance(job.memory, ContextCache)
-            look_by_names(self._model.transformer, job.memory, [one], job.ask.max_tokens)
-            again = one.again()
+            (again,) = try_again(self._model.transformer, job.memory, [one], job.ask.max_tokens)
         if again is not None:
             self._try(job, again)
             return

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from herd.api import Context, Model
 from herd.checkpoint.room import available_memory
 from herd.context.cache import ContextCache
-from herd.engine import Block, Engine, check_prompt, named
+from herd.engine import Block, Engine, check_prompt
 from herd.engine.prefixes import Names
 from herd.errors import PromptError
 from herd.model import Memory
@@ -137,8 +137,7 @@ class Service:
 
     def names(self, ask: Ask) -> Names:
         """Of the tokens of its prompt."""
-        vision = self.model.vision
-        return named(ask.ids, ask.images, None if vision is None else vision.config.image_token_index)
+        return self.model.names(ask.ids, ask.images)
 
     async def read(self, work: Callable[[], T]) -> T:
         """Run what reads into a context beside the answers, one at a time; where experts are read from disk as they are
