@@ -56,7 +56,7 @@ def test_herds_own_engine_is_planned_on_a_cpu(capsys: pytest.CaptureFixture[str]
     (tmp_path / "config.json").write_text(json.dumps(replace(SCOUT, num_hidden_layers=1).to_hf()))
     found = run_json(capsys, "plan", tmp_path, "--gpu", "cpu", "--weights", "int8", "--json")
     need = found["process"]
-    assert need["peak"] == need["own"] + need["mapped"] > 0
+    assert need["peak"] == need["loading"] > need["own"] + need["mapped"] > 0  # of one layer, its head is the most
     assert run_json(capsys, "plan", "scout", *H100, "--json")["process"] is None
 
 
