@@ -5,13 +5,13 @@ file off behind its last finished piece and goes on from there. What later piece
 aside on the disk, too.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, uint8
 
 from herd.checkpoint.files import write_json
 from herd.errors import CheckpointError
+from herd.lock import hold
 
 _JOURNAL, _LOCK, _RESULT = "journal.json", "lock", "result"
 _SYNC_BYTES = 256 << 20  # of pieces, that may have to be made again
@@ -162,7 +163,7 @@ def job(out: Path, description: Mapping[str, Any], files: Sequence[str] = ()) ->
     scratch = out.with_name(f".{out.name}.making")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with _only_one(scratch, out):
+        with hold(scratch / _LOCK, partial(_making, out)):
             made = Job(scratch, description)
             try:
                 yield made
@@ -176,14 +177,5 @@ def job(out: Path, description: Mapping[str, Any], files: Sequence[str] = ()) ->
         raise CheckpointError(f"cannot write {out}: {error}; repeat the command to go on") from error
 
 
-@contextmanager
-def _only_one(folder: Path, out: Path) -> Iterator[None]:
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is making {out}; wait for it to finish") from None
-        yield
-    finally:
-        os.close(fd)
+def _making(out: Path, owner: str) -> CheckpointError:
+    return CheckpointError(f"{out} is being made by process {owner}; wait for it to finish")
