@@ -7,7 +7,6 @@ loaded as it is and in four bits. A process for each imports Herd, sets the kern
 back, and loads it as `herd.load` does, but for the tokenizer. "peak" is that mark, in which pages of mapped files count
 for as long as they are in memory, and "own" the most of it that was of no file, looked at some thousand times a second
 from outside. Both are given above what the loaded model takes, and compared with a layer as it is stored, in bfloat16.
-Seconds depend on what else the machine does; memory does not.
 """
 
 import argparse
@@ -114,17 +113,16 @@ def measure(name: str, formats: str, work: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.load", "--child", str(write(name, work)), "--formats", formats]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process_:
         assert process_.stdout is not None and process_.stdout.readline() == "ready\n"
-        began, own = time.perf_counter(), 0
+        own = 0
         while process_.poll() is None:
             own = max(own, _own(process_.pid))
             time.sleep(0.0005)
-        seconds, found = time.perf_counter() - began, json.loads(process_.stdout.read())
+        found = json.loads(process_.stdout.read())
     before, model = found["before"], loaded(formats)
     above = {"peak": found["peak"] - before["VmRSS"] - model, "own": own - before["RssAnon"] - model}
     return {
         **{name: round(size / 2**20, 1) for name, size in above.items()},
         **{f"{name}_within_a_layer": size <= layer() for name, size in above.items()},
-        "seconds": round(seconds, 1),
     }
 
 
