@@ -21,18 +21,18 @@ TEN_MILLION = 10_000_000
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(what, measured, asked for) of one result file's figures."""
     for one in result["results"]:
-        kind, size = one["eval"], _size(one.get("length"))
+        kind, size = one["eval"], f"{_size(one.get('length'))} tokens"
         if one.get("kv", "int8") != "int8":
             size += f" in {one['kv']}"
         if kind == "needle":
             yield (
-                f"needle, {size} tokens, {one['trials']} trials: exact",
+                f"needle, {size}, {one['trials']} trials: exact",
                 _percent(one["exact"]),
                 _goal(one, 97, 95, 95),
             )
-            yield f"needle, {size} tokens: value right, whatever the answer names", _percent(one["value_right"]), ""
-            yield f"needle, {size} tokens: first citation right", _percent(one["first_citation_right"]), ""
-            yield f"needle, {size} tokens: called absent although it is there", _percent(one["said_absent"]), ""
+            yield f"needle, {size}: value right, whatever the answer names", _percent(one["value_right"]), ""
+            yield f"needle, {size}: first citation right", _percent(one["first_citation_right"]), ""
+            yield f"needle, {size}: called absent although it is there", _percent(one["said_absent"]), ""
         elif kind == "lookup":
             yield from _lookup(one, size)
         elif kind == "context":
@@ -51,7 +51,7 @@ def _perplexity(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
-    name = f"lookup, {size} tokens, {one['questions']} questions"
+    name = f"lookup, {size}, {one['questions']} questions"
     yield f"{name}: exact", _percent(one["exact"]), _goal(one, 85, 80, 75)
     yield f"{name}: first citation right", _percent(one["first_citation_right"]), "≥ 90 %"
     yield f"{name}: called absent although it is there", _percent(one["said_absent"]), ""
@@ -63,7 +63,7 @@ def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
             "",
         )
     yield (
-        f"absent answers, {size} tokens, {one['absent']['questions']} questions: said so",
+        f"absent answers, {size}, {one['absent']['questions']} questions: said so",
         _percent(one["absent"]["right"]),
         "≥ 80 %",
     )
@@ -72,17 +72,17 @@ def _lookup(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
 def _context(one: dict[str, Any], size: str) -> Iterator[tuple[str, str, str]]:
     ten = one["length"] == TEN_MILLION
     per_token = "≤ 220" if one["kv"] == "int4" else "≤ 400"
-    yield f"reading {size} tokens", f"{one['read_tokens_per_s']:,} tokens/s", "≥ 5,600" if ten else "≥ 2,000"
-    yield f"K/V on disk, {size} tokens", f"{one['bytes_per_token']} bytes/token", per_token
-    yield f"peak memory, {size} tokens", f"{max(one['peak_memory_gb'].values())} GB", "≤ 6 GB" if ten else "≤ 3 GB"
-    first, edit = "first token", f"edit a file and ask, {size} tokens"
-    yield f"second ask, {size} tokens: {first}", f"{one['second_ask_first_token_s']} s", "≤ 3 s"
+    yield f"reading {size}", f"{one['read_tokens_per_s']:,} tokens/s", "≥ 5,600" if ten else "≥ 2,000"
+    yield f"K/V on disk, {size}", f"{one['bytes_per_token']} bytes/token", per_token
+    yield f"peak memory, {size}", f"{max(one['peak_memory_gb'].values())} GB", "≤ 6 GB" if ten else "≤ 3 GB"
+    first, edit = "first token", f"edit a file and ask, {size}"
+    yield f"second ask, {size}: {first}", f"{one['second_ask_first_token_s']} s", "≤ 3 s"
     yield f"{edit}: {first}", f"{one['edit_and_ask_first_token_s']} s", "≤ 4 s" if ten else "≤ 5 s"
     yield f"{edit}: whole answer", f"{one['edit_and_ask_s']} s", ""
     if "decode_tokens_per_s" in one:
         rate, share = f"{one['decode_tokens_per_s']} tokens/s", _percent(one["decode_read_share"])
-        yield f"answering over {size} tokens", rate, "≥ 12 tokens/s" if ten else ""
-        yield f"answering over {size} tokens: share of memory read", share, "≥ 70 %" if ten else ""
+        yield f"answering over {size}", rate, "≥ 12 tokens/s" if ten else ""
+        yield f"answering over {size}: share of memory read", share, "≥ 70 %" if ten else ""
 
 
 def table(folder: Path) -> str:
