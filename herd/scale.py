@@ -1,4 +1,5 @@
-"""Reading on many machines: Ray's workers turn chunks into K/V, and this process does all else.
+"""Work on the machines of a Ray cluster: being part of it, the same model everywhere, and reading (serving is in
+herd/server/replicas.py). Where contexts are read, workers turn chunks into K/V, and this process does all else.
 
 Chunks that are read on their own depend on nothing but the model, so it does not matter who reads them, or when.
 Sources are found, cut and committed here, in their order; a worker that dies costs a batch, which Ray gives to another.
