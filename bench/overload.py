@@ -30,7 +30,8 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Run:
     """A measurement: the server, the requests that wait for replies, and what came of those that do not."""
 
     process: Process
-    http: httpx.AsyncClient
+    http: dict[str, httpx.AsyncClient]  # by client: one for all looks through all its connections at each request
     texts: list[str]
     end: float = 0.0
     replies: list[Reply] = field(default_factory=list)
@@ -115,8 +116,7 @@ async def ask(run: Run, client: str, body: dict[str, Any]) -> None:
 async def attempt(run: Run, client: str, body: dict[str, Any], began: float) -> tuple[float | None, Reply]:
     """Seconds to wait before asking again if it was refused, and the reply."""
     reply, finish, done = Reply(client, "whole", 0, 0, None, 0.0), None, False
-    headers = {"Authorization": f"Bearer {client}"}
-    async with run.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+    async with run.http[client].stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             error = json.loads(await response.aread())["error"]["message"]
             reply.outcome = f"error: {response.status_code} {error}"[:200]
@@ -173,23 +173,22 @@ async def light(run: Run, client: str, gap_s: float) -> None:
 
 async def read(run: Run, client: str, files: Sequence[tuple[str, bytes]], reads: list[dict[str, Any]]) -> None:
     """Upload the files into one new context after the other, and note how far each is."""
-    headers = {"Authorization": f"Bearer {client}"}
-    parts = [("files", file) for file in files]
+    http, parts = run.http[client], [("files", file) for file in files]
     while time.perf_counter() < run.end:
-        made = await run.http.post("/v1/contexts", json={"name": "read"}, headers=headers)
+        made = await http.post("/v1/contexts", json={"name": "read"})
         place, began = f"/v1/contexts/{made.raise_for_status().json()['id']}", time.perf_counter()
         reads.append(its := {"tokens": 0, "seconds": 0.0, "done": False})
-        upload = asyncio.create_task(run.http.post(f"{place}/sources", files=parts, headers=headers))
+        upload = asyncio.create_task(http.post(f"{place}/sources", files=parts))
         while time.perf_counter() < run.end and not upload.done():
             await asyncio.wait({upload}, timeout=1)
-            shown = (await run.http.get(place, headers=headers)).raise_for_status().json()
+            shown = (await http.get(place)).raise_for_status().json()
             its["seconds"] = round(time.perf_counter() - began, 1)
             if shown["reading"]:
                 its["tokens"] = shown["reading"]["read_tokens"]
         if upload.done():
             report = upload.result().raise_for_status().json()
             its |= {"tokens": report["tokens"], "done": True}
-            (await run.http.delete(place, headers=headers)).raise_for_status()
+            (await http.delete(place)).raise_for_status()
         upload.cancel()
 
 
@@ -269,10 +268,9 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     found: dict[str, Any] = {"command": " ".join(["python -m bench.overload", *sys.argv[1:]])}
     found |= {"machine": {"cores": os.cpu_count(), "system": platform.platform()}, "kernels": kernels.implementation()}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     for phases in ("read", "overload"):
         with serving("--drain", "5", "--memory", MEMORY, keys=[*names, "reader"]) as process:
-            async with httpx.AsyncClient(base_url=process.url, timeout=REPLY_S, limits=limits) as http:
+            async with clients(process.url, [*names, "reader"]) as http:
                 run = Run(process, http, texts, end=time.perf_counter() + 600)
                 if phases == "read":
                     found["alone_first_token_s"] = quantiles(await light_alone(run, 60))
@@ -310,6 +308,18 @@ async def overload(
         "reads": reads,
         "memory": {**growth(memory, options.minutes), "each_10_s_mb": [round(size / 1e6) for _, size in memory[::10]]},
     }
+
+
+@asynccontextmanager
+async def clients(url: str, names: Sequence[str]) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
+    """One for each name, which is its key."""
+    async with AsyncExitStack() as stack:
+        made = dict[str, httpx.AsyncClient]()
+        for name in names:
+            headers = {"Authorization": f"Bearer {name}"}
+            client = httpx.AsyncClient(base_url=url, headers=headers, timeout=REPLY_S, verify=False)
+            made[name] = await stack.enter_async_context(client)
+        yield made
 
 
 def say(text: str) -> None:
