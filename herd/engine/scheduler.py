@@ -95,7 +95,8 @@ class Scheduler:
 
     def _shares(self) -> dict[Job, int]:
         """Tokens that are seen of each prompt: a quarter of all is the oldest's, so that it goes on, whatever comes;
-        then those come that have the fewest left, so that a short one does not wait for a long one."""
+        then those come that have the fewest left, so that a short one does not wait for a long one. With one that is
+        seen to its end the step ends, too, or the first token of its answer would wait for parts of others."""
         prompts = [job for job in self.running if not job.answering]
         shares, left = dict.fromkeys(prompts, 0), self.prompt_tokens[len(self.running) - len(self._following) > 1]
 
@@ -108,8 +109,12 @@ class Scheduler:
 
         for job in prompts[:1]:
             left -= give(job, (left + 3) // 4)
+        ends = False
         for job in sorted(prompts, key=lambda job: len(job.ids) - job.seen):
+            if ends and len(job.ids) - job.seen > left:
+                break
             left -= give(job, left)
+            ends = ends or job.seen + shares[job] == len(job.ids)
         return shares
 
     def _admit(self) -> None:

@@ -39,6 +39,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def _begin(request: Request, body: ChatRequest) -> Asked:
+    server(request).service.expect(client(request).turn)
     plan: Plan = await chat_plan(server(request), body)
     return await ask(server(request), client(request), plan)
 

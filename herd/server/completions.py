@@ -28,6 +28,7 @@ ANSWER = 16  # tokens at most, unless asked for otherwise, as in OpenAI's API
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Go on from texts or token ids."""
     its = server(request)
+    its.service.expect(client(request).turn)
     its.check_model(body.model)
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of prompts are not given; leave out echo or logprobs", param="echo")

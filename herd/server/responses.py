@@ -200,6 +200,7 @@ class _Output:
 async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation."""
     its = server(request)
+    its.service.expect(client(request).turn)
     plan = await unless_gone(request, chat_plan(its, _chat(body)))
     asked = await unless_gone(request, ask(its, client(request), plan))
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]

@@ -38,6 +38,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._keys = [_digest(key) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -63,7 +64,7 @@ class Guard:
         try:
             check_host(headers.getlist("host"), self._settings)
             check_origin(headers.get("origin"), headers["host"])
-            key = check_key(headers.get("authorization"), self._settings.api_keys)
+            key = check_key(headers.get("authorization"), self._keys)
             address = scope["client"][0] if scope.get("client") else ""
             scope["herd.client"] = Client(key, f"{key} {address}")
             body = await _body(headers, receive, self._settings)
@@ -100,9 +101,9 @@ def check_origin(origin: str | None, host: str) -> None:
         raise ApiError(403, f"pages of {origin[:200]!r} may not ask this server", code="invalid_origin")
 
 
-def check_key(given: str | None, keys: Sequence[str]) -> str:
+def check_key(given: str | None, keys: Sequence[bytes]) -> str:
     """A name of the key that a request has, as a bearer token or as the password of basic authentication; "" if none
-    is needed. ApiError without one of them. Takes as long for any wrong key."""
+    is needed. ApiError without one of them. Takes as long for any wrong key. keys: digests of those that there are."""
     if not keys:
         return ""
     kind, _, value = (given or "").partition(" ")
@@ -114,13 +115,16 @@ def check_key(given: str | None, keys: Sequence[str]) -> str:
             token = b""
     elif kind.lower() != "bearer":
         token = b""
-    # Hashes are of one length, and all are compared.
     mine = hashlib.sha256(token).digest()
-    found = [key for key in keys if hmac.compare_digest(hashlib.sha256(key.encode()).digest(), mine)]
+    found = [key for key in keys if hmac.compare_digest(key, mine)]  # of one length, and all are compared
     if not found:
         said = "Incorrect API key provided." if given else "You didn't provide an API key."
         raise ApiError(401, said, code="invalid_api_key")
-    return hashlib.sha256(found[0].encode()).hexdigest()[:16]
+    return found[0].hex()[:16]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 def check_depth(body: bytes) -> None:

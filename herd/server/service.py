@@ -97,12 +97,17 @@ class Service:
         with self._changed:
             if not self._open:
                 raise Busy(_STOPPING, stopping=True)
-            if not self._has_place(asks):
-                raise Busy(f"{len(self._waiting):,} requests wait, and {self.queue:,} may; ask again later")
+            self._check_place(asks[0].client, len(asks))
             for job in jobs:
                 self._waiting.push(job.ask.client, job)
             self._look()
         return answers
+
+    def expect(self, client: str) -> None:
+        """Busy if a request of a client would be refused now; so it costs next to nothing, where much is refused."""
+        if self.elsewhere is None:
+            with self._changed:
+                self._check_place(client, 1)
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run something on the model's thread, between two steps."""
@@ -213,13 +218,13 @@ class Service:
                 f"bytes for keys and values; this server has {self._most:,}: shorten them, or give it more memory"
             )
 
-    def _has_place(self, asks: Sequence[Ask]) -> bool:
-        """Whether asks may wait: in the queue, or as the only one of a client while the queue is not twice full, so
-        that a few cannot keep all others out."""
+    def _check_place(self, client: str, count: int) -> None:
+        """Busy unless so many requests may wait: in the queue, or as the only one of a client while the queue is not
+        twice full, so that a few cannot keep all others out."""
         waiting = len(self._waiting)
-        if waiting + len(asks) <= self.queue:
-            return True
-        return len(asks) == 1 and waiting < 2 * self.queue and not self._waiting.count(asks[0].client)
+        alone = count == 1 and waiting < 2 * self.queue and not self._waiting.count(client)
+        if waiting + count > self.queue and not alone:
+            raise Busy(f"{waiting:,} requests wait, and {self.queue:,} may; ask again later")
 
     def _cancel(self, answers: Answers) -> None:
         def order() -> None:

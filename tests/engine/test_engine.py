@@ -185,7 +185,7 @@ def test_prompts_share_a_step(model: Transformer) -> None:
     engine = Engine(model, prompt_tokens=10)
     for length in (4, 3, 5):
         engine.submit(Request(prompt(length), 3))
-    assert [token.request for token in engine.step()] == [0, 1], "3 of the third's 5 tokens fit, too"
+    assert [token.request for token in engine.step()] == [0, 1], "the third's 5 tokens would not fit"
     assert [token.request for token in engine.step()] == [0, 1, 2]
 
 
@@ -195,13 +195,13 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: Transformer) -> None
     assert engine.step() == []
     short = engine.submit(Request(prompt(4), 1))
     assert [token.request for token in engine.step()] == [short]
-    # Nor does the long one wait for ever, however many short ones come: it sees 4 tokens of each step.
+    # Nor does the long one wait for ever, however many short ones come: a quarter of each step is its own.
     steps = 0
     while long in engine.running:
         engine.submit(Request(prompt(4), 1))
         engine.step()
         steps += 1
-    assert steps == 7, "28 of 40 tokens were left"
+    assert steps == 14, "30 of 40 tokens were left: 2 of each step, and 4 of the last"
 
 
 def test_first_come_first_served(model: Transformer) -> None:

@@ -25,6 +25,7 @@ from herd.server.service import Service
 from tests.server.served import Served, serving, user
 
 LONG = {"messages": [user("Go on for ever.")], "max_tokens": 20_000, "logit_bias": {"258": -100}, "stream": True}
+SAID = {"input": "Hello."}
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -58,6 +59,9 @@ def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path) -> No
             reply = served.http.post("/v1/chat/completions", json={"messages": [user("me, too")]})
             assert reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
             assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+            for route, body in (("chat/completions", LONG), ("completions", {"prompt": []}), ("responses", SAID)):
+                reply = served.http.post(f"/v1/{route}", json={**body, "model": "none"})
+                assert reply.status_code == 429, "refused before anything else is looked at"
         finally:
             left.set()
         for each in holding:
