@@ -17,7 +17,7 @@ void attend_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_
       wide.at[i] = widen(k[t * G * d + i]);
       wide.at[d + i] = widen(v[t * G * d + i]);
     }
-    memory.put(t, wide.at, wide.at + d);
+    memory.put(t, 1, wide.at, wide.at + d, 0);
   }
   for (int64_t first = 0; first < T * group; first += ROWS) {
     const int64_t R = least(ROWS, T * group - first);

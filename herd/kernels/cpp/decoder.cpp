@@ -116,9 +116,8 @@ struct OwnAttention {
   }
 
   void remember(const Sequence& s, int64_t g) const {
-    Memory to = memory(s, g);
     const float* k = qkv + s.first * width() + (decoder.H + g) * decoder.d;
-    for (int64_t t = 0; t < s.tokens; t++, k += width()) to.put(past(s) + t, k, k + decoder.G * decoder.d);
+    memory(s, g).put(past(s), s.tokens, k, k + decoder.G * decoder.d, width());
   }
 
   // ROWS queries of one head of keys: all queries of a token, then those of the next.

@@ -27,7 +27,7 @@ uint16_t keep_8(const float* x, int64_t d, uint8_t* codes) {
     return scale;
   }
   const float rounded = from_half(scale);
-  for (int64_t i = 0; i < d; i++) codes[i] = (uint8_t)(int8_t)code(x[i], rounded, -127, 127);
+  for (int64_t i = 0; i < d; i++) codes[i] = (uint8_t)(int32_t)code(x[i], rounded, -127, 127);
   return scale;
 }
 

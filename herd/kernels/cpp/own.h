@@ -13,6 +13,13 @@ constexpr int64_t SPAN = 512;  // keys whose logits are kept
 // Memory is in whole panels of tokens.
 inline int64_t whole(int64_t tokens) { return panels(tokens) * PANEL; }
 
+// d numbers in bfloat16, two by two, each two `apart` twos from those before.
+inline void put_pairs(const float* x, int64_t d, uint16_t* to, int64_t apart, float scale = 1) {
+  alignas(64) uint16_t halves[MOST_DIMENSIONS];
+  for (int64_t i = 0; i < d; i += 32) store_halves(halves + i, times(load(x + i), scale), times(load(x + i + 16), scale));
+  for (int64_t i = 0; i < d; i += 2) std::memcpy(to + i * apart, halves + i, 4);
+}
+
 // Keys and values of one head: keys [capacity / 32, d / 2, 32, 2], then values [d / 32, capacity / 2, 32, 2]. What was
 // never written must be finite, because it is multiplied with 0.
 struct Memory {
@@ -22,11 +29,22 @@ struct Memory {
   Memory(uint16_t* heads, int64_t g, int64_t tokens, int64_t d)
       : keys(heads + 2 * g * whole(tokens) * d), values(keys + whole(tokens) * d), capacity(whole(tokens)), d(d) {}
 
-  void put(int64_t token, const float* k, const float* v) {
-    uint16_t* to = keys + token / PANEL * PANEL * d + token % PANEL * 2;
-    for (int64_t i = 0; i < d; i++) to[i / 2 * PANEL * 2 + i % 2] = narrow(k[i]);
-    to = values + token / 2 * PANEL * 2 + token % 2;
-    for (int64_t i = 0; i < d; i++) to[i / PANEL * PANEL * capacity + i % PANEL * 2] = narrow(v[i]);
+  // Keys and values of tokens that follow each other, `stride` numbers apart.
+  void put(int64_t token, int64_t tokens, const float* k, const float* v, int64_t stride) {
+    for (int64_t t = 0; t < tokens; t++)
+      put_pairs(k + t * stride, d, keys + (token + t) / PANEL * PANEL * d + (token + t) % PANEL * 2, PANEL);
+    for (int64_t t = 0; t < tokens;) {
+      const bool both = (token + t) % 2 == 0 && t + 1 < tokens;  // they share words of memory
+      for (int64_t i = 0; i < d; i += PANEL) {
+        uint16_t* to = values + i * capacity + (token + t) / 2 * PANEL * 2;
+        const float* from = v + t * stride + i;
+        if (both)
+          for (int64_t j = 0; j < PANEL; j++) to[2 * j] = narrow(from[j]), to[2 * j + 1] = narrow(from[stride + j]);
+        else
+          for (int64_t j = 0; j < PANEL; j++) to[2 * j + (token + t) % 2] = narrow(from[j]);
+      }
+      t += 1 + both;
+    }
   }
 };
 
@@ -66,7 +84,7 @@ void attend_queries(const Memory& memory, const Query* queries, float scale) {
   Softmax softmax[R];
   for (int r = 0; r < R; r++) {
     softmax[r] = {LOWEST, 0};
-    for (int64_t i = 0; i < d; i++) q[(i / 2 * R + r) * 2 + i % 2] = narrow(queries[r].q[i] * scale);
+    put_pairs(queries[r].q, d, q + 2 * r, R, scale);
     for (int64_t i = 0; i < d; i++) queries[r].out[i] = 0;
   }
   for (int64_t from = 0; from < seen; from += SPAN) {

@@ -69,20 +69,23 @@ struct Rows {
       for (int32_t k = 0; k < group; k += 4, to += stride) std::memset(to, 0, 4);
       return 0;
     }
-    int32_t sums[8] = {};
-    for (int32_t k = 0; k < group; k += 8, to += 2 * stride) {
-      int8_t eight[8];
-      for (int i = 0; i < 8; i++) {
-        const int32_t whole = (int32_t)steps.whole(x[k + i]);
-        sums[i] += whole;
-        eight[i] = (int8_t)whole;
-      }
-      std::memcpy(to, eight, 4);
-      std::memcpy(to + stride, eight + 4, 4);
+    Int16 sums = zero_int();
+    int32_t k = 0;
+    for (; k + 16 <= group; k += 16) {
+      const Int16 whole = to_whole(times(load(x + k), steps.inverse));
+      sums = add(sums, whole);
+      uint8_t bytes[16];
+      store_bytes(bytes, whole);
+      for (int i = 0; i < 16; i += 4, to += stride) std::memcpy(to, bytes + i, 4);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < 8; i++) sum += sums[i];
-    return sum;
+    int32_t all = sum(sums);
+    for (; k < group; k += 4, to += stride)
+      for (int i = 0; i < 4; i++) {
+        const int32_t whole = (int32_t)steps.whole(x[k + i]);
+        all += whole;
+        to[i] = (uint8_t)whole;
+      }
+    return all;
   }
 };
 

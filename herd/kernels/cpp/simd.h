@@ -28,7 +28,10 @@ inline Float16 all_float(float x) { return {_mm512_set1_ps(x)}; }
 inline Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Float16 a) { _mm512_storeu_ps(p, a.v); }
 inline Float16 to_float(Int16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Int16 to_whole(Float16 a) { return {_mm512_cvtps_epi32(a.v)}; }  // the nearest, ties to even
+inline Int16 add(Int16 a, Int16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Int16 subtract(Int16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+inline void store_bytes(uint8_t* p, Int16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline Float16 fma(Float16 a, Float16 b, Float16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Float16 times(Float16 a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
 inline Float16 multiply(Float16 a, Float16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -81,6 +84,8 @@ inline void store(float* p, Float16 x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 inline Float16 to_float(Int16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Int16 to_whole(Float16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline Int16 add(Int16 x, Int16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline Int16 subtract(Int16 x, int32_t y) {
   const __m256i all = _mm256_set1_epi32(y);
   return {_mm256_sub_epi32(x.a, all), _mm256_sub_epi32(x.b, all)};
@@ -174,6 +179,13 @@ inline void store(float* p, Float16 x) {
 }
 inline Float16 to_float(Int16 x) {
   return {{vcvtq_f32_s32(x.v[0]), vcvtq_f32_s32(x.v[1]), vcvtq_f32_s32(x.v[2]), vcvtq_f32_s32(x.v[3])}};
+}
+inline Int16 to_whole(Float16 x) {
+  return {{vcvtnq_s32_f32(x.v[0]), vcvtnq_s32_f32(x.v[1]), vcvtnq_s32_f32(x.v[2]), vcvtnq_s32_f32(x.v[3])}};
+}
+inline Int16 add(Int16 x, Int16 y) {
+  for (int i = 0; i < 4; i++) x.v[i] = vaddq_s32(x.v[i], y.v[i]);
+  return x;
 }
 inline Int16 subtract(Int16 x, int32_t y) {
   for (int i = 0; i < 4; i++) x.v[i] = vsubq_s32(x.v[i], vdupq_n_s32(y));
@@ -273,6 +285,15 @@ inline Float16 to_float(Int16 x) {
   for (int i = 0; i < 16; i++) y.v[i] = (float)x.v[i];
   return y;
 }
+inline Int16 to_whole(Float16 x) {
+  Int16 y;
+  for (int i = 0; i < 16; i++) y.v[i] = (int32_t)std::rint(x.v[i]);
+  return y;
+}
+inline Int16 add(Int16 x, Int16 y) {
+  for (int i = 0; i < 16; i++) x.v[i] += y.v[i];
+  return x;
+}
 inline Int16 subtract(Int16 x, int32_t y) {
   for (int i = 0; i < 16; i++) x.v[i] -= y;
   return x;
@@ -335,7 +356,19 @@ inline Float16 multiply_add(Float16 sum, Pairs x, uint32_t pair) {
 
 #endif
 
+inline int32_t sum(Int16 a) {
+  int32_t lanes[16], all = 0;
+  std::memcpy(lanes, &a, sizeof lanes);
+  for (int i = 0; i < 16; i++) all += lanes[i];
+  return all;
+}
+
 #if !defined(__AVX512VNNI__)
+inline void store_bytes(uint8_t* p, Int16 a) {
+  int32_t lanes[16];
+  std::memcpy(lanes, &a, sizeof lanes);
+  for (int i = 0; i < 16; i++) p[i] = (uint8_t)lanes[i];
+}
 inline void store_halves(uint16_t* p, Float16 first, Float16 second) {
   float wide[32];
   store(wide, first);
