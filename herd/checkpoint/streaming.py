@@ -73,6 +73,12 @@ class Job:
         """Whether there is anything to go on with."""
         return bool(self._done)
 
+    def take_back(self, final: Path) -> None:
+        """Have a file again that a killed run had moved to its final place, before another one could follow."""
+        size, path = self._done.get(final.name), self.result / final.name
+        if size and not path.exists() and final.is_file() and final.stat().st_size == size:
+            final.replace(path)
+
     def write(self, layouts: Sequence[Layout], progress: Progress | None = None) -> None:
         """Write all files, from where an earlier run of the same job stopped."""
         for layout in layouts:
@@ -157,15 +163,17 @@ def job(out: Path, description: Mapping[str, Any], files: Sequence[str] = ()) ->
     """
     out = out.absolute()
     finals = [out.parent / name for name in files] or [out]
-    for final in finals:
-        if final.exists() and (files or not final.is_dir() or any(final.iterdir())):
-            raise CheckpointError(f"{final} exists already; remove it or choose another name")
     scratch = out.with_name(f".{out.name}.making")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         with hold(scratch / _LOCK, partial(_making, out)):
             made = Job(scratch, description)
             try:
+                for final in finals:
+                    if files:
+                        made.take_back(final)
+                    if final.exists() and (files or not final.is_dir() or any(final.iterdir())):
+                        raise CheckpointError(f"{final} exists already; remove it or choose another name")
                 yield made
                 for final in finals:
                     (made.result / final.name if files else made.result).replace(final)

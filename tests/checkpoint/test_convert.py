@@ -223,6 +223,38 @@ def test_killed_and_repeated(plain, tmp_path, monkeypatch, arguments, share):
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def _convert_and_die_between(source: Path, out: Path) -> None:
+    """The same, when one of two files has its final name."""
+    torch.set_num_threads(1)
+    move = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if target == out:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return move(path, target)
+
+    Path.replace = replace  # type: ignore[method-assign, assignment]
+    convert(source, out, format="gguf")
+
+
+def test_killed_between_two_files(plain, tmp_path):
+    out, image = tmp_path / "m.gguf", tmp_path / "mmproj-m.gguf"
+    child = multiprocessing.get_context("fork").Process(target=_convert_and_die_between, args=(plain, out))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert listing(tmp_path) == [".m.gguf.making", "mmproj-m.gguf"]
+    first = image.read_bytes()
+    convert(plain, out, format="gguf")
+    assert listing(tmp_path) == ["m.gguf", "mmproj-m.gguf"] and image.read_bytes() == first
+    for path in (out, image):
+        path.rename(tmp_path / "other")
+        with pytest.raises(CheckpointError, match="exists already"):
+            convert(plain, out, format="gguf")
+        (tmp_path / "other").rename(path)
+    assert listing(tmp_path) == ["m.gguf", "mmproj-m.gguf"]
+
+
 def test_work_of_another_job_is_not_continued(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_SYNC_BYTES", 60_000)
 

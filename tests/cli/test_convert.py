@@ -13,14 +13,6 @@ from tests.checkpoint import tiny_llama4
 from tests.cli.running import fails, run_json
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "hf"
-    tiny_llama4.tiny_llama4().save_pretrained(folder)
-    tiny_llama4.write_tokenizer(folder)
-    return folder
-
-
 def test_convert_and_describe(capsys: pytest.CaptureFixture[str], plain: Path, tmp_path: Path) -> None:
     gguf = tmp_path / "g" / "m.gguf"
     made = run_json(capsys, "convert", plain, gguf, "--format", "gguf", "--dtype", "int8", "--json")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from herd import kernels
-from tests.checkpoint import tiny_llama4
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or not kernels.runs_layers(torch.empty(0), 64),
@@ -40,14 +39,6 @@ packing.pack_block, streaming.as_bytes = pack, write
 main()
 """
 DENSE, EXPERTS = 6, 11  # tensors in the files of layers 0 and 2, and of 1 and 3
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("killed") / "hf"
-    tiny_llama4.tiny_llama4().save_pretrained(folder)
-    tiny_llama4.write_tokenizer(folder)
-    return folder
 
 
 def sizes(folder: Path) -> dict[str, int]:
