@@ -338,9 +338,8 @@ class Context:
         said = _Said(tokenizer, on_text)
         self._run(tries, cache, max_tokens, said)
         second = try_again(self._model.transformer, cache, tries, max_tokens)
-        # A second try counts only if it is sure, so nothing of it is told before its end.
         self._run([one for one in second if one is not None], cache, max_tokens)
-        tries = [one if new is None or not new.sure else new for one, new in zip(tries, second, strict=True)]
+        tries = [one.or_sure(new) for one, new in zip(tries, second, strict=True)]
         said.finish(tries)
         return [self._answer(one, quote) for one in tries]
 

@@ -151,6 +151,10 @@ class Try:
         """Whether it ended without a quote, or with a doubtful one."""
         return self.guide is not None and self.kept < len(self.ids)
 
+    def or_sure(self, second: "Try | None") -> "Try":
+        """The one that counts: a second one only if it is sure, so nothing of it may be told before its end."""
+        return second if second is not None and second.sure else self
+
     def again(self) -> "Try | None":
         """If this one is doubted: another that may end better, from where they part."""
         if not self.doubted:
