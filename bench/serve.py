@@ -6,10 +6,11 @@
   `herd serve` in another one, from as many clients at once (streamed), by turns. Tokens a second, all in all: medians.
 - *Schemas*: answers that keep to a JSON schema, made by the engine. What the guides take (mask, bias, matching) as a
   share of the rest of the steps that make tokens: one answer at a time, and as many as there are clients.
-- *Cancellations*: clients that ask for a long answer and go when the first token is there. Memory for keys and values
-  must be free within one step, which is looked for every 2 ms from when the connection is closed, and the server's
-  memory must not grow: that after the first quarter and after the last are compared. What was said is kept for others
-  to begin with, as far as there is memory for keys and values; this server has little, which is full by then.
+- *Cancellations*: clients that ask for a long answer and go when the first token is there. It must end within one step:
+  counted are the tokens that were made and that the client did not hear, and the time until nothing runs, looked for
+  every 2 ms from when the connection is closed. The server's memory must not grow: that after the first quarter and
+  after the last are compared. What was said is kept for others to begin with, as far as there is memory for keys and
+  values; this server has little, which is full by then.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import httpx
 from torch import Tensor
 
 import herd
+from bench.overload_report import quantiles
 from bench.server import Process, serving
 from herd import kernels
 from herd.engine import Engine, Request, Sampler, stream
@@ -75,15 +77,14 @@ async def by_server(url: str, texts: Sequence[str]) -> tuple[int, float]:
     async def ask(http: httpx.AsyncClient, text: str) -> int:
         turns = [{"role": "user", "content": text}]
         body = {"messages": turns, "max_tokens": ANSWER, "temperature": 0, "stream": True}
-        used = 0
         async with http.stream(
             "POST", "/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}
         ) as reply:
             assert reply.status_code == 200, await reply.aread()
-            async for line in reply.aiter_lines():
-                if '"usage":{' in line:
-                    used = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
-        return used
+            # Looked at when all is there, for what clients do with it takes of the processors that answer.
+            said = b"".join([piece async for piece in reply.aiter_raw()]).decode()
+        (last,) = (line for line in said.splitlines() if '"usage":{' in line)
+        return int(json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"])
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
         began = time.perf_counter()
@@ -157,7 +158,7 @@ def masks(model: herd.Model, rows: int, rounds: int) -> dict[str, Any]:
 def cancellations(process: Process, count: int) -> dict[str, Any]:
     """Clients that go; see above."""
     port = int(process.url.rsplit(":", 1)[1])
-    freed, sizes, step_ms = list[float](), list[int](), _step_ms(process.url)
+    freed, unheard, sizes, step_ms = list[float](), list[int](), list[int](), _step_ms(process.url)
     with httpx.Client(base_url=process.url, timeout=60) as http:
         for number in range(count):
             body = {
@@ -166,6 +167,7 @@ def cancellations(process: Process, count: int) -> dict[str, Any]:
                 "stream": True,
             }
             request = httpx.Request("POST", f"{process.url}/v1/chat/completions", json=body)
+            made = _metric(http, "generated_tokens_total")
             head = b"\r\n".join(
                 [b"POST /v1/chat/completions HTTP/1.1", *(b"%b: %b" % pair for pair in request.headers.raw)]
             )
@@ -175,19 +177,17 @@ def cancellations(process: Process, count: int) -> dict[str, Any]:
                 while heard.count(b'"content":"') < 2:
                     heard += raw.recv(4096)
             freed.append(_until_free(http))
+            told = heard.count(b'"content":"') - 1  # the first one is empty
+            unheard.append(round(_metric(http, "generated_tokens_total") - made) - told)
             if number in (count // 4, count - 1):
                 time.sleep(0.5)
                 sizes.append(process.memory()["own"])
     growth = sizes[-1] - sizes[0]
-    ordered = sorted(freed)
     return {
         "count": count,
         "step_ms": step_ms,
-        "freed_after_ms": {
-            "p50": ordered[len(freed) // 2],
-            "p95": ordered[int(0.95 * len(freed))],
-            "most": ordered[-1],
-        },
+        "freed_after_ms": quantiles(freed),
+        "tokens_unheard": quantiles(unheard),
         "own_memory_mb": [round(size / 1e6, 1) for size in sizes],
         "bytes_per_cancellation": round(growth / max(1, count - count // 4)),
         "holds": growth < 16 << 20,
@@ -206,12 +206,16 @@ def _until_free(http: httpx.Client) -> float:
     """Milliseconds until nothing runs; what ended keeps no memory, unless it may be gone on from."""
     began = time.perf_counter()
     while time.perf_counter() - began < SETTLE_S:
-        said = http.get("/metrics").text
-        running = re.search(r"^herd_requests_running (\S+)$", said, re.MULTILINE)
-        if running and float(running[1]) == 0:
+        if _metric(http, "requests_running") == 0:
             return round(1e3 * (time.perf_counter() - began), 1)
         time.sleep(0.002)
     sys.exit(f"an answer still runs {SETTLE_S} s after its client has gone")
+
+
+def _metric(http: httpx.Client, name: str) -> float:
+    said = re.search(rf"^herd_{name} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    assert said is not None, name
+    return float(said[1])
 
 
 def main() -> None:

@@ -11,13 +11,16 @@ from herd.context.citations import Citation
 from herd.engine import Finish, Guide, Sampler, Token
 from herd.errors import HerdError, PromptError
 
+RETRY_S = 5  # until it is worth to ask again, where nothing says when
+
 
 class Busy(HerdError):
     """As many requests wait as may, or the server is stopping."""
 
-    def __init__(self, message: str, *, stopping: bool = False) -> None:
+    def __init__(self, message: str, *, stopping: bool = False, retry_s: int = RETRY_S) -> None:
+        """retry_s: seconds until it is worth to ask again."""
         super().__init__(message)
-        self.stopping = stopping
+        self.stopping, self.retry_s = stopping, retry_s
 
 
 class TooLong(PromptError):
@@ -75,27 +78,41 @@ class Answers:
     """
 
     def __init__(self, count: int, cancel: Callable[["Answers"], None]) -> None:
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Told | BaseException]()
-        self._open, self._cancel = count, cancel
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[Told | BaseException]()
+        self.cancel: Callable[[], None] = lambda: cancel(self)
+        self._open = count
 
     async def __aenter__(self) -> "Answers":
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._open:
-            self._cancel(self)
+            self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Told]:
         while self._open:
-            told = await self._queue.get()
+            told = await self.queue.get()
             if isinstance(told, BaseException):
                 raise told
             self._open -= told.end is not None
             yield told
 
-    def tell(self, told: Told | BaseException) -> None:
-        """Called by the service's thread."""
+
+News = tuple[Answers, Told | BaseException]
+
+
+def pass_on(said: Sequence[News]) -> None:
+    """Tell answers what is said to them; called by the service's thread. Each event loop is woken once: to be woken
+    takes it longer than to pass on a token."""
+
+    def put(its: Sequence[News]) -> None:
+        for answers, told in its:
+            answers.queue.put_nowait(told)
+
+    for loop in dict.fromkeys(answers.loop for answers, _ in said):
+        its = [one for one in said if one[0].loop is loop]
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, told)
-        except RuntimeError:  # the loop is closed, so nobody listens
-            self._cancel(self)
+            loop.call_soon_threadsafe(put, its)
+        except RuntimeError:  # it is closed, so nobody listens
+            for answers, _ in its:
+                answers.cancel()

@@ -9,19 +9,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from herd.errors import HerdError, LibraryError
-from herd.server.asks import Busy, TooLong
+from herd.server.asks import RETRY_S, Busy, TooLong
 from herd.server.library import Unknown
 
-RETRY_S = 5  # after which a refused client may ask again
 _log = logging.getLogger("herd.server")
 
 
 class ApiError(Exception):
-    """What a client is told. param: the field at fault; code: a name of the error for programs."""
+    """What a client is told. param: the field at fault; code: a name of the error for programs. retry_s: after which
+    it may ask again, if the status is 429 or 503."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_s: int = RETRY_S
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self._retry_s = status, param, code, retry_s
 
     @property
     def body(self) -> dict[str, Any]:
@@ -35,7 +37,7 @@ class ApiError(Exception):
         """Headers of the response."""
         if self.status == 401:
             return {"WWW-Authenticate": 'Basic realm="herd", charset="UTF-8"'}
-        return {"Retry-After": str(RETRY_S)} if self.status in (429, 503) else {}
+        return {"Retry-After": str(self._retry_s)} if self.status in (429, 503) else {}
 
 
 def told(error: BaseException) -> ApiError:
@@ -44,7 +46,9 @@ def told(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case Busy():
-            return ApiError(503 if error.stopping else 429, str(error), code="rate_limit_exceeded")
+            return ApiError(
+                503 if error.stopping else 429, str(error), code="rate_limit_exceeded", retry_s=error.retry_s
+            )
         case TooLong():
             return ApiError(400, str(error), param="messages", code="context_length_exceeded")
         case Unknown():

@@ -1,7 +1,11 @@
 """What `/metrics` says, in Prometheus' format."""
 
+import time
+from collections import deque
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+_LATE_S = 60  # within which answers ended of late
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
@@ -31,6 +35,7 @@ class Metrics:
         self._whole = Histogram(
             "herd_request_seconds", "From the request to its last token.", buckets=_SECONDS, registry=registry
         )
+        self._ends: deque[float] = deque(maxlen=64)  # when the last answers ended
         self._refused = Counter("herd_refused", "Requests refused, by status.", ["status"], registry=registry)
 
     def said(self, tokens: int) -> None:
@@ -40,8 +45,15 @@ class Metrics:
     def ended(self, prompt: int, cached: int, finish: str | None) -> None:
         """Count an answer; finish None: it ended by an error."""
         self._answers.labels(finish or "error").inc()
+        self._ends.append(time.monotonic())
         self._prompt.inc(prompt)
         self._cached.inc(cached)
+
+    def seconds_each(self) -> float | None:
+        """Between the ends of two answers of late; None if hardly any ended."""
+        now = time.monotonic()
+        late = [end for end in tuple(self._ends) if now - end < _LATE_S]
+        return (now - late[0]) / (len(late) - 1) if len(late) > 1 else None
 
     def took(self, first: float | None, whole: float) -> None:
         """Seconds to the first and last token of an answer."""

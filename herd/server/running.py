@@ -11,7 +11,7 @@ from herd.context.citations import Citation, cite
 from herd.context.quoting import Quoting, Try
 from herd.engine import Engine, Finish, Request, Token, try_again
 from herd.model import KVRow, Memory
-from herd.server.asks import Answers, Ask, End, Told
+from herd.server.asks import Answers, Ask, End, News, Told, pass_on
 from herd.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Running:
         self.engine = engine
         self.jobs: dict[int, Job] = {}
         self._model, self._metrics = model, metrics
+        self._said: list[News] = []  # in a step
 
     def start(self, job: Job) -> None:
         """Begin with a job, behind what the model has seen of its prompt before if that is kept."""
@@ -66,6 +67,13 @@ class Running:
 
     def step(self) -> list[str]:
         """One step of the engine; what is said is told. The client of each token."""
+        try:
+            return self._step()
+        finally:
+            said, self._said = self._said, []
+            pass_on(said)
+
+    def _step(self) -> list[str]:
         try:
             tokens = self.engine.step()
         except Exception as error:
@@ -107,7 +115,7 @@ class Running:
         if finish is None and job.ask.stopped is not None and job.ask.stopped(token):
             finish = "stop"
         if finish is None:
-            job.answers.tell(Told(job.index, (token,)))
+            self._say(job, Told(job.index, (token,)))
             return
         del self.jobs[token.request]
         self.engine.cancel(token.request, keep=True)  # where a stop string ended it
@@ -130,7 +138,7 @@ class Running:
         if again is not None:
             self._try(job, again)
             return
-        best = one if len(job.tries) == 1 or one.sure else job.tries[0]
+        best = job.tries[0].or_sure(one)
         job.row, job.ids = best.row, [*best.prompt, *best.ids]
         rest = tuple(Token(0, id, None) for id in best.ids[job.told :])
         # The first try may have ended for want of tokens, and the second one have ended well.
@@ -138,7 +146,7 @@ class Running:
 
     def _tell(self, job: Job, ids: list[int]) -> None:
         if len(ids) > job.told:
-            job.answers.tell(Told(job.index, tuple(Token(0, id, None) for id in ids[job.told :])))
+            self._say(job, Told(job.index, tuple(Token(0, id, None) for id in ids[job.told :])))
             job.told = len(ids)
 
     def _end(self, job: Job, tokens: tuple[Token, ...], finish: Finish) -> None:
@@ -149,11 +157,14 @@ class Running:
             missed = max([job.row.missed, *(one.missed for one in job.tries if one.row is job.row)])
         job.row = None
         self._count(job, finish)
-        job.answers.tell(Told(job.index, tokens, End(finish, job.cached, citations, missed)))
+        self._say(job, Told(job.index, tokens, End(finish, job.cached, citations, missed)))
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._count(job, None)
-        job.answers.tell(error)
+        self._say(job, error)
+
+    def _say(self, job: Job, told: Told | BaseException) -> None:
+        self._said.append((job.answers, told))
 
     def _count(self, job: Job, finish: Finish | None) -> None:
         """finish None: it ended by an error."""

@@ -23,7 +23,7 @@ from herd.engine.prefixes import Names
 from herd.errors import PromptError
 from herd.model import Memory
 from herd.model.cache import bytes_needed
-from herd.server.asks import Answers, Ask, Busy, TooLong
+from herd.server.asks import RETRY_S, Answers, Ask, Busy, TooLong, pass_on
 from herd.server.fair import FairQueue
 from herd.server.metrics import Metrics
 from herd.server.running import Job, Running
@@ -38,6 +38,7 @@ _PLAIN: _Engine = ((), 0)
 _STOPPING = "the server is being stopped; ask again when it is back"
 BESIDE = 128  # tokens of prompts in a step, where several requests run
 SHORT = 256  # tokens of a short request, prompt and answer
+MOST_RETRY_S = 60  # that a refused client is told to wait
 IDLE = 8  # engines of contexts that are kept with nothing to do
 
 
@@ -224,7 +225,9 @@ class Service:
         waiting = len(self._waiting)
         alone = count == 1 and waiting < 2 * self.queue and not self._waiting.count(client)
         if waiting + count > self.queue and not alone:
-            raise Busy(f"{waiting:,} requests wait, and {self.queue:,} may; ask again later")
+            each_s = self.metrics.seconds_each()  # so long takes what waits, at the pace of late
+            retry_s = RETRY_S if each_s is None else min(max(1, round(waiting * each_s)), MOST_RETRY_S)
+            raise Busy(f"{waiting:,} requests wait, and {self.queue:,} may; ask again in {retry_s} s", retry_s=retry_s)
 
     def _cancel(self, answers: Answers) -> None:
         def order() -> None:
@@ -278,15 +281,14 @@ class Service:
         """End everything with an error."""
         with self._changed:
             jobs = [*self._waiting, *(job for running in self._engines.values() for job in running.jobs.values())]
-        for job in jobs:
-            job.answers.tell(error)
+        pass_on([(job.answers, error) for job in jobs])
 
     def _admit(self) -> None:
         while self.running < self.rows and (job := self._take()) is not None:
             try:
                 self._running(job).start(job)
             except Exception as error:
-                job.answers.tell(error)
+                pass_on([(job.answers, error)])
 
     def _take(self) -> Job | None:
         """The job that is next, if there is memory for it."""

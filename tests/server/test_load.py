@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import herd
 from herd.server.asks import Ask, Busy
 from herd.server.fair import FairQueue
+from herd.server.metrics import Metrics
 from herd.server.service import Service
 from tests.server.served import Served, serving, user
 
@@ -42,7 +43,7 @@ def idle(served: Served) -> None:
     until(lambda: not served.service.running and not served.service.waiting)
 
 
-def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path) -> None:
+def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(model, tmp_path, rows=1, queue=2) as served, ThreadPoolExecutor(3) as pool:
         left = threading.Event()
 
@@ -56,9 +57,11 @@ def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path) -> No
             until(lambda: served.service.running == 1)  # the others would find no place before
             holding += [pool.submit(hold) for _ in range(2)]
             until(lambda: served.service.waiting == 2)
-            reply = served.http.post("/v1/chat/completions", json={"messages": [user("me, too")]})
-            assert reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
-            assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+            for each_s, retry_s in ((None, 5), (0.1, 1), (10.0, 20), (100.0, 60)):  # two wait
+                monkeypatch.setattr(served.service.metrics, "seconds_each", lambda each_s=each_s: each_s)
+                reply = served.http.post("/v1/chat/completions", json={"messages": [user("me, too")]})
+                assert reply.status_code == 429 and reply.headers["retry-after"] == str(retry_s)
+                assert reply.json()["error"]["code"] == "rate_limit_exceeded"
             for route, body in (("chat/completions", LONG), ("completions", {"prompt": []}), ("responses", SAID)):
                 reply = served.http.post(f"/v1/{route}", json={**body, "model": "none"})
                 assert reply.status_code == 429, "refused before anything else is looked at"
@@ -68,6 +71,19 @@ def test_more_than_may_wait_are_refused(model: herd.Model, tmp_path: Path) -> No
             each.result()
         idle(served)
         served.alive()
+
+
+def test_seconds_between_answers_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, metrics = 1000.0, Metrics()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for at in (0.0, 930.0, 950.0, 970.0):
+        now = at
+        metrics.ended(1, 0, "stop")
+    assert metrics.seconds_each() == 20.0, "the first one is long ago"
+    now = 1000.0
+    assert metrics.seconds_each() == 50.0, "now the second one is, too"
+    now = 2000.0
+    assert metrics.seconds_each() is None
 
 
 def test_all_choices_wait_or_none(model: herd.Model, tmp_path: Path) -> None:
@@ -174,6 +190,34 @@ def test_who_leaves_frees_the_memory(served: Served) -> None:
         idle(served)
     assert served.service.memory_used == served.service._prefixes.nbytes, "only what others may begin with is left"
     served.alive()
+
+
+class Counted(Metrics):
+    """Metrics that know how many tokens were made."""
+
+    made = 0
+
+    def said(self, tokens: int) -> None:
+        self.made += tokens
+
+
+def test_who_leaves_costs_the_step_that_runs_and_no_other(model: herd.Model) -> None:
+    service = Service(model, rows=1, memory=1 << 26, metrics=(metrics := Counted()))
+    ids = model.tokenizer.chat([user("x")])
+
+    async def leave() -> int:
+        async with await service.submit(Ask(ids, 20_000)) as answers:
+            async for _ in answers:
+                break
+        made = metrics.made
+        while service.running:
+            await asyncio.sleep(0.001)
+        return metrics.made - made
+
+    try:
+        assert {asyncio.run(leave()) for _ in range(30)} <= {0, 1}
+    finally:
+        service.close()
 
 
 def test_cancelling_again_and_again_grows_nothing(served: Served) -> None:
