@@ -117,9 +117,10 @@ class Conversations:
             try:
                 with self._open() as db:
                     return work(db)
-            except sqlite3.OperationalError:  # such as a full disk, or a file that is not ours to write
-                raise
-            except sqlite3.DatabaseError:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                # Of operations, only one that the tables have no place for means damage; others such as a full disk.
+                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                    raise
                 for file in (self._file, Path(f"{self._file}-journal")):
                     file.unlink(missing_ok=True)
                 with self._open() as db:
