@@ -193,32 +193,36 @@ def whole_panels(tokens: int) -> int:
     return -(-tokens // native.PANEL) * native.PANEL
 
 
-def read_memory(kept: Tensor, G: int, d: int, first: int, stop: int) -> Tensor:
-    """Copy of the keys and values [2, G, S, d] of tokens first..stop-1 in a layer's memory."""
+def read_memory(kept: Sequence[Tensor], G: int, d: int, first: int, stop: int) -> Tensor:
+    """Copy of the keys and values [L, 2, G, S, d] of tokens first..stop-1 in the memories of some layers, all of which
+    have room for as many tokens."""
     at = first % native.PANEL
-    parts = [part.reshape(G, -1, d) for part in _panels_of(kept, G, d, first, stop)]
-    return torch.stack([part_GSd[:, at : at + stop - first] for part_GSd in parts])
+    parts = zip(*_panels_of(kept, G, d, first, stop), strict=True)
+    both = [torch.stack(part).reshape(len(kept), G, -1, d)[:, :, at : at + stop - first] for part in parts]
+    return torch.stack(both, 1)
 
 
-def write_memory(kept: Tensor, kv_2GSd: Tensor, first: int) -> None:
+def write_memory(kept: Sequence[Tensor], kv_L2GSd: Tensor, first: int) -> None:
     """Put keys and values, as `read_memory` gives them, at `first` and behind it."""
-    _, G, S, d = kv_2GSd.shape
-    at = first % native.PANEL
-    for part, new_GSd in zip(_panels_of(kept, G, d, first, first + S), kv_2GSd, strict=True):
-        whole_GSd = part.reshape(G, -1, d)  # a copy
-        whole_GSd[:, at : at + S] = new_GSd
-        part.copy_(whole_GSd.view(part.shape))
+    L, _, G, S, d = kv_L2GSd.shape
+    begin = first // native.PANEL * native.PANEL
+    panels = _panels_of(kept, G, d, begin, first + S)
+    whole = read_memory(kept, G, d, begin, whole_panels(first + S))
+    whole[:, :, :, first - begin : first - begin + S] = kv_L2GSd
+    for part, now in zip(zip(*panels, strict=True), whole.unbind(1), strict=True):
+        torch._foreach_copy_(list(part), list(now.reshape(L, *part[0].shape).unbind()))
 
 
-def _panels_of(kept: Tensor, G: int, d: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Views of keys and of values in the whole panels that hold tokens first..stop-1: their dimensions are those of
-    [G, S, d], taken apart. How they lie in memory, own.h says."""
-    wide = native.PANEL
-    k, v = kept.view(G, 2, -1).unbind(1)
-    panels = slice(first // wide, -(-stop // wide))
-    k = k.view(G, -1, d // 2, wide, 2)[:, panels].permute(0, 1, 3, 2, 4)
-    pairs = v.view(G, d // wide, -1, wide // 2, wide, 2)[:, :, panels]  # [G, d / 32, panels, 16, 32, 2]
-    return k, pairs.permute(0, 2, 3, 5, 1, 4)
+def _panels_of(kept: Sequence[Tensor], G: int, d: int, first: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+    """Views of keys and of values of each memory in the whole panels that hold tokens first..stop-1: their dimensions
+    are those of [G, S, d], taken apart. How they lie in memory, own.h says. By one operation each, because there are
+    many layers, and between operations other threads may take the interpreter."""
+    wide, at = native.PANEL, first // native.PANEL
+    count, head = -(-stop // wide) - at, kept[0].numel() // G  # numbers of a head
+    room = head // (2 * d)
+    k = ((G, count, wide, d // 2, 2), (head, wide * d, 2, 2 * wide, 1), at * wide * d)
+    v = ((G, count, wide // 2, 2, d // wide, wide), (head, wide * wide, 2 * wide, 1, wide * room, 2), room * d)
+    return [(one.as_strided(*k), one.as_strided(*v[:2], v[2] + at * wide * wide)) for one in kept]
 
 
 def addresses(memories: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

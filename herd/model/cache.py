@@ -154,20 +154,26 @@ class KVRow:
         return torch.cat(outs), torch.cat(lses)
 
     def take(self, layers: Sequence[int], first: int, stop: int) -> Tensor:
-        """Copy of keys and values [L, 2, G, S, d] of tokens first..stop-1 in some layers. Local ones hold those of the
-        chunk of the last token."""
+        """Copy of keys and values [L, 2, G, S, d] of tokens first..stop-1 in some layers, all local or all
+        global. Local ones hold those of the chunk of the last token."""
         cfg = self.cfg
         if not layers:
             return torch.empty(0, 2, cfg.num_key_value_heads, stop - first, cfg.head_dim, dtype=self.dtype)
-        return torch.stack([self._copy(layer, self._place(layer, first), stop - first) for layer in layers])
+        at, tokens = self._place(layers[0], first), stop - first
+        if layers[0] in self._layers:
+            return torch.stack([self._layers[layer].kv_2GSd[:, :, at : at + tokens] for layer in layers])
+        kept = [self.packed(layer) for layer in layers]
+        return packing.read_memory(kept, cfg.num_key_value_heads, cfg.head_dim, at, at + tokens)
 
     def give(self, layers: Sequence[int], first: int, kv_L2GSd: Tensor, *, packed: bool) -> None:
         """Remember what `take` gave, from position `first` on. packed: in memory of a packed model (`packed`)."""
+        if not layers:
+            return
+        at = self._place(layers[0], first)
+        if packed:
+            packing.write_memory([self.packed(layer) for layer in layers], kv_L2GSd, at)
+            return
         for layer, kv_2GSd in zip(layers, kv_L2GSd, strict=True):
-            at = self._place(layer, first)
-            if packed:
-                packing.write_memory(self.packed(layer), kv_2GSd, at)
-                continue
             if layer not in self._layers:
                 self._layers[layer] = _Layer(self.cfg, layer, self.tokens, kv_2GSd)
             self._layers[layer].kv_2GSd[:, :, at : at + kv_2GSd.shape[2]] = kv_2GSd
@@ -183,11 +189,6 @@ class KVRow:
         assert not self._start, f"a sequence that begins at {self._start}"
         chunk = self.cfg.attention_chunk_size
         return position % chunk if chunk is not None and self.cfg.is_local(layer) else position
-
-    def _copy(self, layer: int, at: int, tokens: int) -> Tensor:
-        if layer in self._layers:
-            return self._layers[layer].kv_2GSd[:, :, at : at + tokens]
-        return packing.read_memory(self.packed(layer), self.cfg.num_key_value_heads, self.cfg.head_dim, at, at + tokens)
 
     def close(self) -> None:
         """Give the memory back. What the sequence is asked about afterwards does not need it."""
