@@ -74,22 +74,27 @@ def by_engine(model: herd.Model, prompts: Sequence[list[int]]) -> tuple[int, flo
 async def by_server(url: str, texts: Sequence[str]) -> tuple[int, float]:
     """The same through the server, streamed."""
 
-    async def ask(http: httpx.AsyncClient, text: str) -> int:
+    async def ask(text: str) -> int:
         turns = [{"role": "user", "content": text}]
         body = {"messages": turns, "max_tokens": ANSWER, "temperature": 0, "stream": True}
-        async with http.stream(
-            "POST", "/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}
-        ) as reply:
-            assert reply.status_code == 200, await reply.aread()
-            # Looked at when all is there, for what clients do with it takes of the processors that answer.
-            said = b"".join([piece async for piece in reply.aiter_raw()]).decode()
-        (last,) = (line for line in said.splitlines() if '"usage":{' in line)
-        return int(json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"])
+        # Read from a plain connection and looked at when all is there: what clients do with it takes of the processors
+        # that answer.
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1 << 20)
+        writer.write(chat_request(url, {**body, "stream_options": {"include_usage": True}}))
+        said = (await reader.readuntil(b"data: [DONE]")).decode()
+        writer.close()
+        return int(re.findall(r'"completion_tokens":(\d+)', said)[-1])
 
-    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
-        began = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(ask(http, text) for text in texts)))
-        return tokens, time.perf_counter() - began
+    began = time.perf_counter()
+    tokens = sum(await asyncio.gather(*map(ask, texts)))
+    return tokens, time.perf_counter() - began
+
+
+def chat_request(url: str, body: dict[str, Any]) -> bytes:
+    """The bytes of a request."""
+    request = httpx.Request("POST", f"{url}/v1/chat/completions", json=body)
+    lines = [b"POST /v1/chat/completions HTTP/1.1", *(b"%b: %b" % pair for pair in request.headers.raw)]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + request.read()
 
 
 def throughput(model: herd.Model, process: Process, clients: int, rounds: int) -> dict[str, Any]:
@@ -166,13 +171,9 @@ def cancellations(process: Process, count: int) -> dict[str, Any]:
                 "max_tokens": 4000,
                 "stream": True,
             }
-            request = httpx.Request("POST", f"{process.url}/v1/chat/completions", json=body)
             made = _metric(http, "generated_tokens_total")
-            head = b"\r\n".join(
-                [b"POST /v1/chat/completions HTTP/1.1", *(b"%b: %b" % pair for pair in request.headers.raw)]
-            )
             with socket.create_connection(("127.0.0.1", port)) as raw:
-                raw.sendall(head + b"\r\n\r\n" + request.read())
+                raw.sendall(chat_request(process.url, body))
                 heard = b""
                 while heard.count(b'"content":"') < 2:
                     heard += raw.recv(4096)
