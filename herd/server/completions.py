@@ -60,7 +60,7 @@ def text_ids(server: Server, text: str) -> list[int]:
 
 def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
     given: Any = body.prompt
-    many = isinstance(given, list) and (not given or not isinstance(given[0], int))
+    many = isinstance(given, list) and len(given) > 0 and not isinstance(given[0], int)
     return [text_ids(server, one) if isinstance(one, str) else one for one in (given if many else [given])]
 
 

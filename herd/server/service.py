@@ -86,6 +86,7 @@ class Service:
     async def submit(self, *asks: Ask) -> Answers:
         """Queue the asks of one request. PromptError for one that can never run, such as TooLong; Busy if too many
         wait."""
+        assert asks, "a request asks for something"
         if self.elsewhere is not None and not any(ask.contexts or ask.here for ask in asks):
             return await self.elsewhere.submit(*asks)
         memories = [await asyncio.to_thread(self._memory, ask) if ask.contexts else None for ask in asks]

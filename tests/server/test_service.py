@@ -180,5 +180,7 @@ def test_tokens_and_text(served: Served) -> None:
     for body in ({}, {"prompt": "x", "messages": []}):
         served.ask("/tokenize", status=400, **body)
     served.ask("/detokenize", status=400, tokens=[1 << 30])
+    for prompt in ([], [[]], [[1], []]):
+        assert "empty" in served.ask("/v1/completions", status=400, prompt=prompt)["error"]["message"]
     served.ask("/v1/embeddings", status=400, input=[])
     assert served.ask("/v1/embeddings", status=400, input="x" * 9000)["error"]["code"] == "context_length_exceeded"
